@@ -1,0 +1,59 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PY := .venv/bin/python
+MODEL := runs/models/demo
+ARGS ?=
+
+export TARGET PYTHON
+
+.PHONY: help setup demo demo-model serve test test-unit bench lint format typecheck lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+	@echo "  ARGS=\"...\" is handed to demo, demo-model, serve, test, test-unit and bench."
+
+setup: ## Make or complete .venv (TARGET=cpu|gpu, PYTHON=python3.12; no-op if up to date)
+	@bash deploy/setup.sh
+
+demo: setup ## Train a tiny model with E3RL on the CPU and evaluate it
+	@$(PY) -m learner.train --config deploy/configs/demo.yaml $(ARGS)
+
+demo-model: setup ## Write the demo's warm-started model to runs/models/demo
+	@$(PY) -m learner.warm_start --output $(MODEL) $(ARGS)
+
+$(MODEL)/config.json: | setup
+	@$(PY) -m learner.warm_start --output $(MODEL)
+
+serve: setup $(MODEL)/config.json ## Serve the demo's model over HTTP (makes it first if needed)
+	@$(PY) -m rollout_server --model $(MODEL) $(ARGS)
+
+test: setup lint typecheck ## Everything: lint, types, unit and integration tests
+	@$(PY) -m pytest --durations=15 $(ARGS)
+
+test-unit: setup ## The fast tests only (no vLLM)
+	@$(PY) -m pytest tests/unit $(ARGS)
+
+bench: setup ## Measure the performance targets; the table is also in runs/bench/latest.json
+	@$(PY) -m tests.benchmarks.run $(ARGS)
+
+lint: setup ## ruff: lint rules and formatting
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: setup ## Apply ruff's formatting and safe fixes
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+typecheck: setup ## mypy in strict mode
+	@$(PY) -m mypy
+
+lock: setup ## Resolve deploy/locks/*.txt anew from pyproject.toml (UPGRADE=1: newest versions)
+	@$(PY) deploy/lock.py $(if $(UPGRADE),--upgrade)
+
+clean: ## Remove caches and build leftovers; runs/ and .venv are never touched
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	@find . \( -path ./runs -o -path ./.venv -o -path ./.git \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	@echo "Caches removed. runs/ and .venv are left as they are."

@@ -1,0 +1,122 @@
+"""Where prompts come from and how responses are rewarded."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config.base import StrictModel
+
+
+class ChainData(StrictModel):
+    """The demo's task: chains of single-digit operations modulo 10, made by code from a seed."""
+
+    source: Literal["chain"] = "chain"
+    length: int = Field(default=24, ge=1, le=26, description="Operations in a chain.")
+    train_problems: int = Field(default=4096, ge=1)
+    test_problems: int = Field(default=256, ge=1)
+
+
+class ColumnMapping(StrictModel):
+    """Which columns of a data set hold what. `id` null: the row's number."""
+
+    prompt: str = "question"
+    answer: str = "answer"
+    id: str | None = None
+
+
+class FileData(StrictModel):
+    """Local JSONL or Parquet files; the ending of the name decides."""
+
+    source: Literal["file"] = "file"
+    train_path: str
+    test_path: str
+    columns: ColumnMapping = ColumnMapping()
+    chat: bool = Field(default=True, description="Apply the tokenizer's chat template to the prompt.")
+    system_prompt: str | None = None
+
+
+class HuggingFaceData(StrictModel):
+    """A data set of the Hugging Face hub, by name. `test_split` null holds out `test_problems` of the train split."""
+
+    source: Literal["huggingface"] = "huggingface"
+    name: str
+    subset: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str | None = None
+    test_problems: int = Field(default=500, ge=1)
+    max_train_problems: int | None = Field(default=None, ge=1)
+    columns: ColumnMapping = ColumnMapping()
+    chat: bool = True
+    system_prompt: str | None = None
+
+
+Data = Annotated[ChainData | FileData | HuggingFaceData, Field(discriminator="source")]
+
+
+class ChainReward(StrictModel):
+    """1 if every written step of the chain is right, else 0."""
+
+    kind: Literal["chain"] = "chain"
+
+
+class MathReward(StrictModel):
+    """1 if `math-verify` finds the response's answer equal to the reference, else 0."""
+
+    kind: Literal["math"] = "math"
+    timeout_seconds: float = Field(default=5.0, gt=0.0, le=600.0)
+
+
+class FunctionReward(StrictModel):
+    """A user's function `module:function`, called as `function(prompt: str, response: str, answer: str) -> float`."""
+
+    kind: Literal["function"] = "function"
+    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    timeout_seconds: float = Field(default=30.0, gt=0.0, le=3600.0)
+
+
+Reward = Annotated[ChainReward | MathReward | FunctionReward, Field(discriminator="kind")]
+
+
+class ShareFixed(StrictModel):
+    """The same share of every group is treated."""
+
+    mode: Literal["fixed"] = "fixed"
+    share: float = Field(ge=0.0, le=1.0)
+
+
+class ShareAdaptive(StrictModel):
+    """The share applies while plain responses rarely succeed, else 0; it can switch back. Source: ours.
+
+    The success rate is a running mean over steps, `decay` old and `1 - decay` new.
+    """
+
+    mode: Literal["adaptive"] = "adaptive"
+    share: float = Field(default=0.5, gt=0.0, lt=1.0)
+    success_threshold: float = Field(default=0.10, ge=0.0, le=1.0)
+    decay: float = Field(default=0.7, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _threshold_can_be_crossed(self) -> "ShareAdaptive":
+        if self.success_threshold == 0.0:
+            raise ValueError("success_threshold 0 never applies the share; use mode 'fixed' with share 0")
+        return self
+
+
+GroupShare = Annotated[ShareFixed | ShareAdaptive, Field(discriminator="mode")]
+
+
+class ErasureTreatment(StrictModel):
+    """The treated share of a group is generated with erasure."""
+
+    kind: Literal["erasure"] = "erasure"
+
+
+class TemperatureTreatment(StrictModel):
+    """The control: the treated share is sampled at another temperature, and nothing is erased."""
+
+    kind: Literal["temperature"] = "temperature"
+    temperature: float = Field(default=0.5, gt=0.0, le=2.0)
+
+
+Treatment = Annotated[ErasureTreatment | TemperatureTreatment, Field(discriminator="kind")]

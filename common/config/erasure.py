@@ -1,0 +1,90 @@
+"""What decides whether a segment is erased: the settings of `algorithm.md`, sections 1 to 5."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config.base import StrictModel
+
+
+class FixedSegmentation(StrictModel):
+    """Segments of `length` tokens each. Source: paper (16 x 512)."""
+
+    mode: Literal["fixed"] = "fixed"
+    length: int = Field(default=512, ge=1, le=1_048_576)
+
+    @property
+    def min_length(self) -> int:
+        return self.length
+
+    @property
+    def max_length(self) -> int:
+        return self.length
+
+
+class DelimiterSegmentation(StrictModel):
+    """A segment ends with the first token whose text contains `delimiter`. Source: ours.
+
+    It does not end before `min_length` tokens, and at `max_length` tokens at the latest.
+    """
+
+    mode: Literal["delimiter"] = "delimiter"
+    delimiter: str = Field(default="\n", min_length=1, max_length=64)
+    min_length: int = Field(default=1, ge=1, le=1_048_576)
+    max_length: int = Field(default=512, ge=1, le=1_048_576)
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "DelimiterSegmentation":
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length ({self.min_length}) exceeds max_length ({self.max_length})")
+        return self
+
+
+Segmentation = Annotated[FixedSegmentation | DelimiterSegmentation, Field(discriminator="mode")]
+
+
+class SignalWeights(StrictModel):
+    """Weights of the three parts of a segment's uncertainty, in the sum U."""
+
+    base: float = Field(default=1.0, ge=0.0, le=1e3)
+    extreme: float = Field(default=0.0, ge=0.0, le=1e3)
+    gradient: float = Field(default=0.0, ge=0.0, le=1e3)
+
+    @model_validator(mode="after")
+    def _one_is_positive(self) -> "SignalWeights":
+        if self.base == self.extreme == self.gradient == 0.0:
+            raise ValueError("weights are all 0: every segment would have the uncertainty 0")
+        return self
+
+
+class ErasurePolicy(StrictModel):
+    """When a segment is erased. Section numbers refer to `algorithm.md`.
+
+    `threshold`: a number in place of the adaptive threshold; 0 erases every segment until `max_erasures`.
+    `observe`: which attempts count in the group's statistics.
+    """
+
+    segmentation: Segmentation = FixedSegmentation()
+    signal: Literal["entropy", "cross_entropy"] = "cross_entropy"
+    window: int = Field(default=32, ge=1, le=4096, description="Trailing moving average, in tokens (section 3).")
+    weights: SignalWeights = SignalWeights()
+    kappa: float = Field(default=1.0, ge=-10.0, le=10.0, description="Standard deviations above the group's mean.")
+    gamma: float = Field(default=0.1, ge=0.0, le=10.0, description="Frequency penalty: exp(gamma * erasures).")
+    eta: float = Field(default=0.1, ge=0.0, le=0.99, description="Strength of the history modulation.")
+    max_erasures: int = Field(default=5, ge=0, le=1000, description="Erase@k: erasures of one segment at most.")
+    regeneration_budget: float = Field(
+        default=1.0, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
+    )
+    retry_temperature: float | None = Field(
+        default=None, gt=0.0, le=2.0, description="Temperature of regenerated segments; null: the request's."
+    )
+    threshold: float | None = Field(default=None, ge=0.0)
+    prior_strength: float = Field(
+        default=8.0, ge=0.0, le=1e6, description="Observations that earlier groups are worth at a segment index."
+    )
+    prior_decay: float = Field(default=0.9, ge=0.0, lt=1.0, description="How much of the prior a new group keeps.")
+    observe: Literal["first", "all"] = "first"
+
+    def erased_token_limit(self, max_response_tokens: int) -> int:
+        """Tokens that one response may have erased in all, given its token limit."""
+        return int(self.regeneration_budget * max_response_tokens)

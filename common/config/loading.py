@@ -1,0 +1,126 @@
+"""From a YAML file and `--set` options to a validated configuration, with messages that a user can act on."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from common.config.run import RunConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "e3rl": {},
+    "paper": {
+        "rollout": {
+            "group_share": {"mode": "fixed", "share": 1.0},
+            "treatment": {"kind": "erasure"},
+            "erasure": {"segmentation": {"mode": "fixed", "length": 512}, "kappa": 1.0, "max_erasures": 5},
+        },
+        "learner": {"advantage": {"credit": {"kind": "uncertainty"}, "normalise": "segment"}},
+    },
+    "grpo": {
+        "rollout": {"group_share": {"mode": "fixed", "share": 0.0}},
+        "learner": {"advantage": {"credit": {"kind": "uniform"}, "normalise": "sequence"}},
+    },
+    # Differs from the run that it controls in nothing but how the treated share is generated.
+    "temperature_control": {"rollout": {"treatment": {"kind": "temperature", "temperature": 0.5}}},
+}
+"""What each preset sets; `e3rl` is the defaults, `paper` what the paper describes, the others are baselines."""
+
+_UNION_TAGS = ("mode", "kind", "source")
+
+
+class ConfigError(Exception):
+    """A configuration that can't be run; the message says what is wrong, where, and what would be right."""
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid upon `under`, key by key. A change of a union's tag replaces the whole of that part."""
+    merged = dict(under)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and not _changes_kind(old, value):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _changes_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return any(tag in new and tag in old and new[tag] != old[tag] for tag in _UNION_TAGS)
+
+
+def parse_assignment(assignment: str) -> dict[str, Any]:
+    """`a.b.c=value` as a nested dictionary; the value is YAML."""
+    path, separator, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {assignment!r} is not of the form a.b.c=value")
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
+    for key in reversed(keys):
+        value = {key: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no settings: expected a mapping, found {type(content).__name__}")
+    return content
+
+
+def build_config(settings: dict[str, Any]) -> RunConfig:
+    """The validated configuration; `settings["preset"]` changes the defaults below what `settings` says itself."""
+    preset = settings.get("preset", "e3rl")
+    under = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    try:
+        return RunConfig.model_validate(merge(under, settings))
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+
+
+def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
+    """Read `path`, apply `--set` assignments in order, validate."""
+    settings = read_yaml(path)
+    for assignment in assignments:
+        settings = merge(settings, parse_assignment(assignment))
+    return build_config(settings)
+
+
+def variant(config: RunConfig, preset: str, name: str) -> RunConfig:
+    """`config` as the baseline `preset` would run it: the preset's settings win over the configuration's."""
+    settings = merge(config.model_dump(mode="json"), PRESETS[preset])
+    return build_config(merge(settings, {"preset": preset, "name": name}))
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same configuration."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def describe(error: ValidationError) -> str:
+    """One line a problem: where it is, what is wrong."""
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting"
+        elif problem["type"] == "union_tag_not_found":
+            message = f"name the kind too, with {problem['ctx']['discriminator']}: it has several"
+        elif problem["type"] not in ("missing", "value_error"):
+            message += f" (found {problem['input']!r})"
+        lines.append(f"{place}: {message}")
+    return "\n".join(lines)

@@ -1,0 +1,258 @@
+"""The configuration of a training run, and the checks that need more than one of its parts."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config.base import StrictModel
+from common.config.data import (
+    ChainData,
+    ChainReward,
+    Data,
+    ErasureTreatment,
+    GroupShare,
+    Reward,
+    ShareAdaptive,
+    Treatment,
+)
+from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+
+SENTINEL_STEPS = 1
+"""Engine steps that a response costs beyond its tokens: the last segment is judged one step after its end."""
+
+
+class ModelConfig(StrictModel):
+    """The policy. `path`: a Hugging Face directory or hub name.
+
+    `warm_start`: make the demo's model at `path` first, if it is not there. `sentinel_ids`: two reserved token ids
+    that the tokenizer never produces; null finds them in the embedding rows above the tokenizer's length.
+    """
+
+    path: str
+    revision: str | None = None
+    warm_start: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: int = Field(ge=16, description="Prompt and response together, in tokens.")
+    sentinel_ids: tuple[int, int] | None = None
+    trust_remote_code: bool = False
+
+
+class EngineConfig(StrictModel):
+    """One vLLM replica. `kv_cache_gib` is used on CPU, `gpu_memory_utilization` on GPUs."""
+
+    replicas: int = Field(default=1, ge=1, le=1024)
+    max_concurrent_responses: int = Field(default=64, ge=1, le=8192)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of a replica; null: all cores.")
+    kv_cache_gib: int = Field(default=1, ge=1)
+    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
+    block_size: int = Field(default=32, ge=8, description="Tokens in a KV block; a multiple of 32 on CPU.")
+    enforce_eager: bool = True
+    num_gpu_blocks_override: int | None = Field(default=None, ge=2)
+    start_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for a replica to start.")
+    response_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for one response.")
+    log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
+
+
+class RolloutConfig(StrictModel):
+    """What is generated in a step, and how."""
+
+    groups_per_step: int = Field(default=8, ge=1)
+    responses_per_group: int = Field(default=8, ge=2)
+    max_prompt_tokens: int = Field(ge=1)
+    max_response_tokens: int = Field(ge=1)
+    temperature: float = Field(default=1.0, gt=0.0, le=2.0)
+    group_share: GroupShare = ShareAdaptive()
+    treatment: Treatment = ErasureTreatment()
+    erasure: ErasurePolicy = ErasurePolicy()
+    engine: EngineConfig = EngineConfig()
+
+
+class UniformCredit(StrictModel):
+    """Every segment carries the response's advantage: GRPO's credit."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class UncertaintyCredit(StrictModel):
+    """Segments that were more uncertain carry more of the reward. Form: ours (`algorithm.md`, section 6).
+
+    N*omega_n = clip((U_n + offset) / (U_mean + offset), low, high), rescaled to token mean 1 over the group.
+    """
+
+    kind: Literal["uncertainty"] = "uncertainty"
+    offset: float = Field(default=0.1, gt=0.0, le=100.0)
+    low: float = Field(default=0.25, gt=0.0, le=1.0)
+    high: float = Field(default=4.0, ge=1.0, le=1000.0)
+
+
+Credit = Annotated[UniformCredit | UncertaintyCredit, Field(discriminator="kind")]
+
+
+class ClippedObjective(StrictModel):
+    """PPO's clipped surrogate on the token's importance ratio, as in GRPO.
+
+    `aggregation`: `token_mean` averages over all response tokens of a minibatch, `sequence_mean` over the tokens of
+    each response and then over responses. `kl_coefficient` > 0 adds the k3 estimate of the KL to the start policy.
+    """
+
+    kind: Literal["clipped"] = "clipped"
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_high: float = Field(default=0.2, gt=0.0, le=10.0)
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    kl_coefficient: float = Field(default=0.0, ge=0.0, le=10.0)
+
+
+class AdvantageConfig(StrictModel):
+    """How rewards become advantages. `erased_weight` > 0 adds erased attempts as negatives on their own prefix."""
+
+    credit: Credit = UncertaintyCredit()
+    normalise: Literal["sequence", "segment"] = "sequence"
+    epsilon: float = Field(default=1e-4, gt=0.0)
+    erased_weight: float = Field(default=0.0, ge=0.0, le=10.0)
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with linear warm-up, then a schedule over the run's optimizer steps."""
+
+    learning_rate: float = Field(default=1e-6, ge=0.0, le=1.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    warmup_steps: int = Field(default=5, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_gradient_norm: float = Field(default=1.0, gt=0.0)
+
+
+class LearnerConfig(StrictModel):
+    """The DeepSpeed learner. `minibatches_per_step`: optimizer steps a rollout is split into."""
+
+    ranks: int = Field(default=1, ge=1, le=4096)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    threads_per_rank: int = Field(default=1, ge=1)
+    minibatches_per_step: int = Field(default=2, ge=1)
+    tokens_per_microbatch: int = Field(default=8192, ge=1, description="Padded tokens of one forward pass, one rank.")
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ClippedObjective = ClippedObjective()
+    advantage: AdvantageConfig = AdvantageConfig()
+    step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
+
+
+class SyncConfig(StrictModel):
+    """Weight sync. `host`: safetensors in shared memory, for replicas on the learner's machine."""
+
+    backend: Literal["host"] = "host"
+    deadline_seconds: float = Field(default=120.0, gt=0.0)
+
+
+class EvaluationConfig(StrictModel):
+    """Avg@k and Pass@k on held-out problems, before and after training, and every `every_steps` steps (0: never)."""
+
+    problems: int = Field(default=64, ge=1)
+    responses_per_problem: int = Field(default=4, ge=1)
+    every_steps: int = Field(default=0, ge=0)
+    seed: int = 1
+
+
+class CheckpointConfig(StrictModel):
+    """`every_steps`: 0 writes only at the end and on interruption. `keep`: newest checkpoints kept."""
+
+    every_steps: int = Field(default=10, ge=0)
+    keep: int = Field(default=2, ge=1)
+
+
+class RunConfig(StrictModel):
+    """A whole training run. `preset` changes defaults only; what the file or `--set` says wins over it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)
+    preset: Literal["e3rl", "paper", "grpo", "temperature_control"] = "e3rl"
+    runs_directory: str = "runs"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int = Field(ge=1)
+    token_budget: int | None = Field(
+        default=None, ge=1, description="Stop once this many tokens have been generated for training."
+    )
+    model: ModelConfig
+    data: Data = ChainData()
+    reward: Reward = ChainReward()
+    rollout: RolloutConfig
+    learner: LearnerConfig = LearnerConfig()
+    sync: SyncConfig = SyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.rollout.groups_per_step * self.rollout.responses_per_group
+
+    @property
+    def treated_per_group(self) -> int:
+        """Responses of a group that are treated while the share applies."""
+        return round(self.rollout.group_share.share * self.rollout.responses_per_group)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "RunConfig":
+        for check in (
+            _length_fits,
+            _segments_fit,
+            _share_is_whole,
+            _batches_fit,
+            _credit_has_segments,
+            _precision_fits,
+        ):
+            check(self)
+        return self
+
+
+def _length_fits(config: RunConfig) -> None:
+    prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
+    need = prompt + response + SENTINEL_STEPS
+    if need > config.model.max_length:
+        raise ValueError(
+            f"model.max_length ({config.model.max_length}) is less than max_prompt_tokens + max_response_tokens + "
+            f"{SENTINEL_STEPS} sentinel step ({need} = {prompt} + {response} + {SENTINEL_STEPS})"
+        )
+
+
+def _segments_fit(config: RunConfig) -> None:
+    segmentation, limit = config.rollout.erasure.segmentation, config.rollout.max_response_tokens
+    length = segmentation.min_length if isinstance(segmentation, DelimiterSegmentation) else segmentation.length
+    if length > limit:
+        raise ValueError(f"a segment of at least {length} tokens never ends within max_response_tokens ({limit})")
+
+
+def _share_is_whole(config: RunConfig) -> None:
+    share, size = config.rollout.group_share.share, config.rollout.responses_per_group
+    if abs(share * size - round(share * size)) > 1e-9:
+        raise ValueError(
+            f"group_share {share} x responses_per_group {size} = {share * size:g}, which is not a whole number"
+        )
+
+
+def _batches_fit(config: RunConfig) -> None:
+    learner, responses = config.learner, config.responses_per_step
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if learner.tokens_per_microbatch < longest:
+        raise ValueError(
+            f"learner.tokens_per_microbatch ({learner.tokens_per_microbatch}) is less than the longest sequence "
+            f"({longest} = {config.rollout.max_prompt_tokens} + {config.rollout.max_response_tokens})"
+        )
+    parts = learner.minibatches_per_step * learner.ranks
+    if responses % parts:
+        raise ValueError(
+            f"responses per step ({responses} = {config.rollout.groups_per_step} groups x "
+            f"{config.rollout.responses_per_group}) do not divide into minibatches_per_step x ranks "
+            f"({parts} = {learner.minibatches_per_step} x {learner.ranks})"
+        )
+
+
+def _credit_has_segments(config: RunConfig) -> None:
+    advantage = config.learner.advantage
+    if advantage.erased_weight > 0.0 and config.rollout.treatment.kind != "erasure":
+        raise ValueError("learner.advantage.erased_weight needs rollout.treatment 'erasure': nothing is erased else")
+
+
+def _precision_fits(config: RunConfig) -> None:
+    if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
+        raise ValueError("learner.zero_stage 0 trains in float32 only; model.dtype 'bfloat16' needs stage 1, 2 or 3")

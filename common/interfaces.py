@@ -1,0 +1,42 @@
+"""What the driver expects of the rollout side, so that `learner` need not import `rollout_server`.
+
+The driver loads the implementation by name (`ROLLOUTS`).
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.config.run import RunConfig
+from common.trajectory import ResponseRequest, Trajectory
+from common.weights import SyncReport, WeightUpdate
+
+ROLLOUTS = "rollout_server.pool:RolloutPool"
+
+
+class Rollouts(Protocol):
+    """A pool of replicas that generates groups and receives weights. Every call has a deadline."""
+
+    async def start(self, config: RunConfig, log_directory: Path) -> None:
+        """Start the replicas of `config.rollout.engine` in the Ray cluster that is already connected."""
+        ...
+
+    def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
+        """Generate all responses of all groups; each trajectory is yielded as it finishes, in any order."""
+        ...
+
+    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> SyncReport:
+        """Load `update` into every replica; raises unless each then reports the update's checksum."""
+        ...
+
+    async def state(self) -> list[Any]:
+        """What replicas have learnt of the thresholds, as JSON-able values, for a checkpoint."""
+        ...
+
+    async def restore(self, state: list[Any]) -> None:
+        """Take over what `state` gave; an empty list changes nothing."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the replicas; no error if some are dead already."""
+        ...

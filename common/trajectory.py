@@ -1,0 +1,186 @@
+"""The data that flows from a rollout to the learner: prompts, attempts, trajectories, groups.
+
+One schema for Ray messages, NDJSON lines and Parquet rows. Log-probabilities are in nats.
+"""
+
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from common.config.base import StrictModel
+from common.config.erasure import ErasurePolicy
+from common.threshold import GroupStatistics, History
+
+Verdict = Literal["accepted", "erased"]
+FinishReason = Literal["stop", "length"]
+
+
+class Prompt(StrictModel):
+    """A prompt as the data set gives it. `position`: its place in the shuffled epoch order."""
+
+    id: str
+    text: str
+    token_ids: list[int]
+    answer: str = ""
+    position: int = 0
+
+
+class Judgement(StrictModel):
+    """Everything that decided over one attempt: enough to compute threshold and verdict again.
+
+    `baseline` and `threshold` are null where too few observations existed, which erases nothing.
+    `statistics` and `history` are as they were when the attempt was judged.
+    """
+
+    uncertainty: float
+    base: float
+    extreme: float
+    gradient: float
+    baseline: float | None
+    penalty: float
+    modulation: float
+    threshold: float | None
+    statistics: GroupStatistics
+    history: History
+    erased_tokens_before: int
+
+
+class VersionSpan(StrictModel):
+    """Tokens `start` (inclusive) to `end` (exclusive) of an attempt were sampled by weights `version`."""
+
+    start: int
+    end: int
+    version: int
+
+
+class Attempt(StrictModel):
+    """One attempt at one segment of a response.
+
+    `start`, `end`: positions in the response at the time of the attempt; all lists have `end - start` entries.
+    `logprobs`: the model's own, before temperature. `behaviour_logprobs`: of the distribution that was sampled
+    from, at `temperature`. `signal`: H_t in nats. `judgement` is null where the response was not monitored.
+    """
+
+    segment: int
+    attempt: int
+    start: int
+    end: int
+    token_ids: list[int]
+    logprobs: list[float]
+    behaviour_logprobs: list[float]
+    signal: list[float]
+    temperature: float
+    versions: list[VersionSpan]
+    verdict: Verdict
+    judgement: Judgement | None = None
+
+
+class Trajectory(StrictModel):
+    """One response to a prompt, with every attempt at every segment in the order of generation.
+
+    `token_ids` and the other per-token lists are those of the committed response: the accepted attempts, joined.
+    An end-of-sequence token that ended the response is part of them.
+    """
+
+    prompt_id: str
+    group_id: str
+    sample: int
+    seed: int
+    prompt_token_ids: list[int]
+    attempts: list[Attempt]
+    erasable: bool
+    finish_reason: FinishReason
+    policy: ErasurePolicy | None = None
+    erased_token_limit: int = 0
+    reused_prefix_tokens: int = 0
+    text: str = ""
+    reward: float | None = None
+
+    @cached_property
+    def accepted(self) -> list[Attempt]:
+        """The accepted attempts, one a segment, in order."""
+        return [attempt for attempt in self.attempts if attempt.verdict == "accepted"]
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        return [token for attempt in self.accepted for token in attempt.token_ids]
+
+    @cached_property
+    def logprobs(self) -> list[float]:
+        return [value for attempt in self.accepted for value in attempt.logprobs]
+
+    @cached_property
+    def behaviour_logprobs(self) -> list[float]:
+        return [value for attempt in self.accepted for value in attempt.behaviour_logprobs]
+
+    @cached_property
+    def token_temperatures(self) -> list[float]:
+        return [attempt.temperature for attempt in self.accepted for _ in attempt.token_ids]
+
+    @cached_property
+    def token_versions(self) -> list[int]:
+        """Weight version of each committed token."""
+        return [
+            span.version for attempt in self.accepted for span in attempt.versions for _ in range(span.start, span.end)
+        ]
+
+    @property
+    def generated_tokens(self) -> int:
+        """Committed and erased tokens."""
+        return sum(attempt.end - attempt.start for attempt in self.attempts)
+
+    @property
+    def erased_tokens(self) -> int:
+        return sum(a.end - a.start for a in self.attempts if a.verdict == "erased")
+
+    @property
+    def erasures(self) -> int:
+        return sum(attempt.verdict == "erased" for attempt in self.attempts)
+
+
+class Group(StrictModel):
+    """The responses to one prompt, generated on one replica and judged together."""
+
+    prompt: Prompt
+    trajectories: list[Trajectory] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> "Group":
+        strangers = {t.prompt_id for t in self.trajectories} - {self.prompt.id}
+        if strangers:
+            raise ValueError(f"group of prompt {self.prompt.id!r} holds responses to {sorted(strangers)}")
+        return self
+
+
+class ResponseRequest(StrictModel):
+    """One response to generate.
+
+    `group_id` and `group_size` name the responses that share statistics. `policy`: null generates without a
+    monitor, exactly as plain vLLM; the attempt then has no log-probs and no signal. `erasable`: false monitors a
+    plain member of a mixed group, which feeds the group's statistics and is never erased.
+    `top_p`, `top_k` (0: off) and `min_p` truncate what is sampled from; behaviour log-probs are not corrected for them.
+    `top_logprobs`: how many of the most likely tokens a listener is told with each sampled one; null: no log-probs.
+    """
+
+    prompt_id: str
+    group_id: str
+    group_size: int = Field(ge=1)
+    sample: int = Field(ge=0)
+    seed: int | None = None
+    prompt_token_ids: list[int] = Field(min_length=1)
+    max_tokens: int = Field(ge=1)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    top_logprobs: int | None = Field(default=None, ge=0)
+    ignore_eos: bool = False
+    policy: ErasurePolicy | None = None
+    erasable: bool = True
+
+    @model_validator(mode="after")
+    def _greedy_needs_a_retry_temperature(self) -> "ResponseRequest":
+        if self.policy and self.erasable and self.temperature == 0.0 and self.policy.retry_temperature is None:
+            raise ValueError("erasure with temperature 0 would bring the same segment back: set retry_temperature")
+        return self

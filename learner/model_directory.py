@@ -1,0 +1,97 @@
+"""The policy's model directory and tokenizer: made if it is the demo's, and checked before anything starts."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.config.data import ChainData
+from common.config.run import RunConfig
+from learner.errors import InputError
+
+CONFIG = "config.json"
+_HEADER_BYTES = 8
+
+
+def ensure_model(config: RunConfig, on_step: Callable[[str, int, int], None]) -> None:
+    """Make the demo's warm-started model at `model.path` if the configuration asks for it and it is not there.
+
+    `on_step` gets the phase, the finished and the total number of steps. Raises InputError if the path is taken.
+    """
+    path = Path(config.model.path)
+    if not config.model.warm_start or (path / CONFIG).is_file():
+        return
+    from learner.warm_start import WarmStartSettings, warm_start
+
+    length = config.data.length if isinstance(config.data, ChainData) else None
+    settings = WarmStartSettings() if length is None else WarmStartSettings(chain_length=length)
+    done, total = 0, settings.clean_steps + settings.slip_steps
+
+    def count(phase: str) -> None:
+        nonlocal done
+        done += 1
+        on_step(phase, done, total)
+
+    try:
+        warm_start(path, settings, on_step=count)
+    except FileExistsError as error:
+        raise InputError(f"model.path: {path} exists and is no model directory (no {CONFIG}): {error}") from error
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """The model's tokenizer, once the model is known to be usable. Raises InputError that says what is wrong."""
+    model = config.model
+    path = Path(model.path)
+    if path.exists():
+        check_directory(path)
+    elif model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
+        raise InputError(f"model.path: there is no directory {model.path}, and it is no Hugging Face hub name")
+    import transformers
+
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(model.path, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model.path, **options)
+    except Exception as error:
+        # transformers raises many kinds for files that are missing, damaged or of an unknown model.
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"model.path: {model.path} can't be loaded: {message}") from error
+    text_config = model_config.get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None and model.max_length > longest:
+        raise InputError(
+            f"model.max_length ({model.max_length}) exceeds the {longest} positions that the model {model.path} has"
+        )
+    return tokenizer
+
+
+def check_directory(path: Path) -> None:
+    """Raise InputError unless `path` holds a model's configuration and whole weight files."""
+    if not path.is_dir():
+        raise InputError(f"model.path: {path} is a file; a Hugging Face model directory is needed")
+    if not (path / CONFIG).is_file():
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+        raise InputError(f"model.path: {path} is no Hugging Face model directory: no {CONFIG}; it holds {found}")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights and not list(path.glob("*.bin")):
+        raise InputError(f"model.path: {path} has no weights (*.safetensors)")
+    for file in weights:
+        _check_weights(file)
+
+
+def _check_weights(file: Path) -> None:
+    """A safetensors file says in its header how long it is; a download that was cut short is shorter."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(_HEADER_BYTES))
+            if header_bytes > size:
+                raise ValueError("its header is longer than the file")
+            header: dict[str, Any] = json.loads(stream.read(header_bytes))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = _HEADER_BYTES + header_bytes + max(ends, default=0)
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model.path: {file} is not a safetensors file: {error}") from error
+    if size != expected:
+        raise InputError(f"model.path: {file} is damaged: {size} bytes, its header says {expected}")

@@ -1,0 +1,56 @@
+"""What one step's responses were like, as metrics (`common/metrics.py`)."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from common import metrics as names
+from common.trajectory import Attempt, Group, Trajectory
+from learner.step_checks import StepCounts
+
+REWARD_TIMEOUTS = "reward/timeouts"
+ERASURES = "rollout/erasures"
+
+
+def rollout_metrics(groups: Sequence[Group], first_treated: int, counts: StepCounts | None) -> dict[str, float | None]:
+    """Rewards, tokens, erasures and thresholds of a step; a mean over nothing is None.
+
+    `rollout/erase_rate`: erased attempts over all attempts of erasable responses.
+    `rollout/signal_share`: groups whose responses got different rewards, so that they have something to teach.
+    """
+    responses = [trajectory for group in groups for trajectory in group.trajectories]
+    judged = [judgement for a in _attempts(responses) if (judgement := a.judgement)]
+    return {
+        names.GENERATED_TOKENS: sum(t.generated_tokens for t in responses),
+        names.ERASED_TOKENS: sum(t.erased_tokens for t in responses),
+        names.REUSED_PREFIX_TOKENS: sum(t.reused_prefix_tokens for t in responses),
+        ERASURES: sum(t.erasures for t in responses),
+        names.ERASE_RATE: erase_rate(responses),
+        names.SIGNAL_SHARE: fmean(len({t.reward for t in group.trajectories}) > 1 for group in groups),
+        names.TREATED_SHARE: fmean(t.sample >= first_treated for t in responses),
+        names.REWARD_MEAN: _mean(_rewards(responses)),
+        names.REWARD_PLAIN: _mean(_rewards([t for t in responses if t.sample < first_treated])),
+        names.REWARD_TREATED: _mean(_rewards([t for t in responses if t.sample >= first_treated])),
+        names.RESPONSE_TOKENS: fmean(len(t.token_ids) for t in responses),
+        names.UNCERTAINTY_MEAN: _mean([j.uncertainty for j in judged]),
+        names.THRESHOLD_MEAN: _mean([j.threshold for j in judged if j.threshold is not None]),
+        names.CASCADE_RATE: counts.cascade_rate if counts else None,
+        names.RECOVERED_RATE: counts.recovered_rate if counts else None,
+    }
+
+
+def erase_rate(responses: Sequence[Trajectory]) -> float:
+    """Erased attempts over all attempts of erasable responses; 0 without any."""
+    attempts = _attempts([t for t in responses if t.erasable])
+    return fmean(a.verdict == "erased" for a in attempts) if attempts else 0.0
+
+
+def _attempts(responses: Sequence[Trajectory]) -> list[Attempt]:
+    return [attempt for trajectory in responses for attempt in trajectory.attempts]
+
+
+def _rewards(responses: Sequence[Trajectory]) -> list[float]:
+    return [trajectory.reward or 0.0 for trajectory in responses]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

@@ -1,0 +1,214 @@
+"""One training run from its configuration to its report: checks, model, cluster, driver, plots."""
+
+import asyncio
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from common.config import RunConfig, variant
+from common.interfaces import ROLLOUTS, Rollouts
+from learner.cluster import ray_cluster
+from learner.data import PromptStream, Row, read_rows, tokenise
+from learner.display import Display
+from learner.driver import Driver, Parts, Problems, is_finished
+from learner.driver_state import DriverState, RunRecord, newest_state
+from learner.errors import InputError, Interrupted, PartError, part
+from learner.group import LearnerGroup
+from learner.memory import PeakMemory
+from learner.model_directory import ensure_model, load_tokenizer
+from learner.plots import draw_plots
+from learner.quiet import NAME as LOG_NAME
+from learner.quiet import quiet_output
+from learner.report import build_report, comparison_table, final_table, write_report
+from learner.rewards import Rewards, make_rewards
+from learner.run_directory import RunDirectory, check_unused, directory_of, holds_run, write_text
+from learner.tasks import Split
+
+log = logging.getLogger(__name__)
+
+BASELINES = ("grpo", "temperature_control")
+MOST_STEPS_OF_BASELINE = 4
+"""A baseline erases nothing, so it needs more steps for the same tokens; this many times the run's at most."""
+
+
+class RunFailedError(Exception):
+    """A run failed; its message is for the user, `log` holds the traceback."""
+
+    def __init__(self, message: str, log_path: Path) -> None:
+        super().__init__(message)
+        self.log_path = log_path
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is checked and read before a run's directory is touched."""
+
+    rows: dict[Split, list[Row]]
+    rewards: Rewards
+
+
+def train(config: RunConfig, *, resume: bool) -> dict[str, Any]:
+    """Run or continue a training run; returns its report.
+
+    Raises InputError if something given can't be used (a new run then leaves nothing behind), RunFailedError if a
+    part fails and Interrupted if the user stops it.
+    """
+    if not resume:
+        check_unused(config)
+    prepared = _prepare(config)
+    directory = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+    try:
+        return _run_in(directory, config, prepared)
+    except InputError:
+        if not resume:
+            directory.discard()
+        raise
+    finally:
+        directory.close()
+
+
+def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
+    """The run, then the baselines from the same start with the same number of generated tokens."""
+    reports = [train(config, resume=resume and holds_run(directory_of(config)))]
+    budget = reports[0]["generated_tokens"]
+    for preset in BASELINES:
+        baseline = variant(config, preset, f"{config.name}-{preset}").model_copy(
+            update={"token_budget": budget, "steps": MOST_STEPS_OF_BASELINE * config.steps}
+        )
+        reports.append(train(baseline, resume=resume and holds_run(directory_of(baseline))))
+    text = json.dumps(reports, indent=2) + "\n"
+    write_text(directory_of(config) / "comparison.json", text)
+    return reports
+
+
+def _prepare(config: RunConfig) -> _Prepared:
+    """Read the data and load the reward function, which need neither model nor Ray."""
+    rows: dict[Split, list[Row]] = {"train": read_rows(config, "train"), "test": read_rows(config, "test")}
+    rewards = make_rewards(config.reward)
+    asyncio.run(_start(rewards))
+    return _Prepared(rows, rewards)
+
+
+async def _start(rewards: Rewards) -> None:
+    try:
+        await rewards.start()
+    except BaseException:
+        await rewards.close()
+        raise
+
+
+def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
+    log_path = directory.log / LOG_NAME
+    with quiet_output(directory.log) as terminal:
+        display = Display(terminal)
+        display.start()
+        outcome: dict[str, Any] | Exception
+        try:
+            outcome = _run(directory, config, prepared, display)
+            display.show(final_table(outcome, directory.path))
+        except InputError as error:
+            outcome = InputError(str(error))
+        except (Interrupted, KeyboardInterrupt):
+            outcome = Interrupted()
+        except PartError as error:
+            log.exception("the run failed")
+            outcome = RunFailedError(str(error), log_path)
+        except Exception as error:
+            log.exception("the run failed unexpectedly")
+            outcome = RunFailedError(f"unexpected {type(error).__name__}: {error}", log_path)
+        finally:
+            display.stop()
+    # Raised anew, here: what the first error's frames held, and complains when it is collected, did so in the log.
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, display: Display) -> dict[str, Any]:
+    started = time.monotonic()
+    state = newest_state(directory, config.seed)
+    if is_finished(config, state) and directory.report.is_file():
+        display.message(f"{directory.path} is finished after {state.step} steps; raise `steps` to continue it")
+        return cast(dict[str, Any], json.loads(directory.report.read_text(encoding="utf-8")))
+    # Without a checkpoint the run begins anew, evaluations included: they leave their mark on the thresholds.
+    directory.truncate(state.step if directory.checkpoint_steps() else -1)
+    if state.step:
+        display.message(f"continuing {directory.path} after step {state.step}")
+    memory = PeakMemory()
+    memory.start()
+    ensure_model(config, lambda phase, done, total: display.phase(f"warm start: {phase}", done, total))
+    problems = _problems(config, prepared, display)
+    record = RunRecord(directory, state.step + 1)
+    try:
+        display.phase("starting Ray")
+        with ray_cluster(config, directory.log.resolve()):
+            driver = _driver(directory, config, state, prepared, problems, record, display)
+            asyncio.run(driver.run())
+        memory.stop()
+        process = {
+            "start": driver.start_seconds,
+            "process": time.monotonic() - started,
+            "peak_memory_gib": memory.peak_gib,
+        }
+        return _conclude(directory, config, record, process)
+    finally:
+        record.close()
+
+
+def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Problems:
+    display.phase("reading the tokenizer and the prompts")
+    tokenizer = load_tokenizer(config)
+    limit = config.rollout.max_prompt_tokens
+    sets = {split: tokenise(rows, tokenizer, limit, split) for split, rows in prepared.rows.items()}
+    for split, prompts in sets.items():
+        if prompts.dropped:
+            text = (
+                f"{prompts.dropped} {split} prompts are longer than rollout.max_prompt_tokens ({limit}) and left "
+                f"out; {len(prompts.prompts)} remain"
+            )
+            log.warning(text)
+            display.message(text)
+    stream = PromptStream(sets["train"].prompts, config.seed, config.rollout.groups_per_step)
+    return Problems(stream, sets["test"].prompts[: config.evaluation.problems], tokenizer)
+
+
+def _driver(
+    directory: RunDirectory,
+    config: RunConfig,
+    state: DriverState,
+    prepared: _Prepared,
+    problems: Problems,
+    record: RunRecord,
+    display: Display,
+) -> Driver:
+    learner = LearnerGroup(config, directory.log.resolve())
+    parts = Parts(load_rollouts(), learner, prepared.rewards)
+    return Driver(config, directory, state, parts, problems, record, display)
+
+
+def load_rollouts() -> Rollouts:
+    """The rollout side, by name: `learner` must not import `rollout_server`."""
+    module, _, name = ROLLOUTS.partition(":")
+    return cast(Rollouts, getattr(importlib.import_module(module), name)())
+
+
+def _conclude(
+    directory: RunDirectory, config: RunConfig, record: RunRecord, process: Mapping[str, float]
+) -> dict[str, Any]:
+    metrics, evaluations = record.metrics, record.evaluations
+    with part("plots"):
+        draw_plots(directory.plots, metrics, evaluations)
+    report = build_report(config.name, config.preset, metrics, evaluations, process)
+    write_report(directory.report, report)
+    return report
+
+
+def show_comparison(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Print the runs side by side."""
+    Display(sys.stdout).show(comparison_table(reports))

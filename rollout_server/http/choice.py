@@ -1,0 +1,257 @@
+"""One choice of a request: follows its response and says what of it is new, for streams and for whole answers."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from common.trajectory import FinishReason, ResponseRequest, Trajectory
+from rollout_server.http.detokenize import TextCursor
+from rollout_server.http.segments import JudgedSegment
+from rollout_server.records import JudgementRecord
+
+if TYPE_CHECKING:
+    from rollout_server.rollback import TopLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """A committed token's log-prob and those of the likeliest tokens, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What is new of a choice. `retract`: characters to drop from its end, and tokens, because of `erased`."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    entries: list[TokenEntry] = field(default_factory=list)
+    erased: JudgedSegment | None = None
+    retract: int = 0
+    retract_tokens: int = 0
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOptions:
+    """What a request wants to know of its choices. `top_logprobs`: null for no log-probs."""
+
+    live: bool = False
+    segments: bool = True
+    top_logprobs: int | None = None
+
+
+class Observer(Protocol):
+    """Told of what counts in metrics and traces. `follows`: wants to know when an attempt is over, not only that."""
+
+    follows: bool
+
+    def first_token(self) -> None: ...
+
+    def attempt(self, choice: "Choice", segment: JudgedSegment, started: int, ended: int) -> None:
+        """Times in nanoseconds since the epoch."""
+        ...
+
+
+class Choice:
+    """Listens to the generation of one response.
+
+    `changed` is called whenever there is a new chunk; without it none are kept. `stop` is called when a stop string
+    makes going on needless. Text and tokens are those of accepted segments; in live mode chunks hold tokens as they
+    are sampled, and an erasure takes them back.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: ResponseRequest,
+        cursor: TextCursor,
+        options: ChoiceOptions,
+        observer: Observer,
+        changed: Callable[["Choice"], None] | None,
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.options = options
+        self.token_ids: list[int] = []
+        self.entries: list[TokenEntry] = []
+        self.segments: list[JudgedSegment] = []
+        self.erased_tokens = 0
+        self.reused_prefix_tokens = 0
+        self.policy_version = 0
+        self.trajectory: Trajectory | None = None
+        self.finish_reason: FinishReason | None = None
+        self.chunks: list[Chunk] = []
+        self.introduced = False
+        """For encoders: whether the stream has named the choice's role."""
+        self.logprob_offset = 0
+        """For encoders: where in the text the next token's log-prob belongs."""
+        self.stop: Callable[[], None] | None = None
+        self._cursor = cursor
+        monitored = request.policy is not None
+        self._live = cursor.copy() if options.live and monitored else None
+        self._live_tokens = 0
+        self._raw = cursor.copy() if options.segments and monitored else None
+        if self._raw is not None:
+            self._raw.finder = None
+        self._pending: list[dict[int, float]] = []
+        self._texts: list[str] = []
+        self._observer = observer
+        self._changed = changed
+        self._sampling = False
+        self._attempt_started = time.time_ns()
+
+    @property
+    def text(self) -> str:
+        """The committed text."""
+        return "".join(self._texts)
+
+    def has_stopped(self) -> bool:
+        """Whether a stop string was found in committed text."""
+        return self._cursor.stopped is not None
+
+    def needs_listening(self) -> bool:
+        """Whether what the finished trajectory says is not enough."""
+        return (
+            self._changed is not None
+            or self._observer.follows
+            or self._cursor.finder is not None
+            or self.options.top_logprobs is not None
+        )
+
+    def sampled(self, token_ids: list[int], logprobs: "TopLogprobs | None") -> None:
+        """Part of `Listener`."""
+        if not self._sampling:
+            self._sampling = True
+            self._observer.first_token()
+        if self.request.policy is None:
+            self._commit(token_ids, _entries(token_ids, logprobs, self.options.top_logprobs))
+            return
+        if logprobs is not None:
+            self._pending += logprobs
+        if self._live is not None:
+            text, taken = self._live.feed(token_ids)
+            self._live_tokens += taken
+            if taken:
+                entries = _entries(token_ids[:taken], logprobs, self.options.top_logprobs)
+                self._emit(Chunk(text=text, token_ids=token_ids[:taken], entries=entries))
+
+    def resumed(self, cached_tokens: int) -> None:
+        """Part of `Listener`."""
+        self.reused_prefix_tokens += cached_tokens
+
+    def judged(self, record: JudgementRecord, token_ids: list[int]) -> None:
+        """Part of `Listener`."""
+        wants_logprobs = self.options.top_logprobs is not None
+        self._judge(JudgedSegment.from_record(record, token_ids, wants_logprobs))
+
+    def _judge(self, segment: JudgedSegment) -> None:
+        if self.has_stopped():
+            return
+        ended = time.time_ns()
+        self._observer.attempt(self, segment, self._attempt_started, ended)
+        self._attempt_started = ended
+        top = self._pending[: len(segment.token_ids)]
+        self.segments.append(segment)
+        if segment.erased:
+            self._pending.clear()
+            self._erase(segment)
+            return
+        del self._pending[: len(top)]
+        entries = _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
+        if self._raw is not None:
+            segment.text, _ = self._raw.feed(segment.token_ids)
+        self._commit(segment.token_ids, entries, segment)
+
+    def _erase(self, segment: JudgedSegment) -> None:
+        self.erased_tokens += len(segment.token_ids)
+        if self._raw is not None:
+            segment.text, _ = self._raw.copy().feed(segment.token_ids)
+        if self._live is not None:
+            retract = self._live.characters - self._cursor.characters
+            self._live = self._cursor.copy()
+            tokens, self._live_tokens = self._live_tokens - len(self.token_ids), len(self.token_ids)
+            self._emit(Chunk(erased=segment, retract=retract, retract_tokens=tokens))
+
+    def _commit(self, token_ids: list[int], entries: list[TokenEntry], segment: JudgedSegment | None = None) -> None:
+        if self.has_stopped():
+            return
+        text, taken = self._cursor.feed(token_ids)
+        self.token_ids += token_ids[:taken]
+        self.entries += entries[:taken]
+        self._texts.append(text)
+        if segment is not None and taken < len(token_ids):
+            segment.token_ids = token_ids[:taken]
+            segment.end = segment.start + taken
+        if self._live is None and taken:
+            self._emit(Chunk(text=text, token_ids=token_ids[:taken], entries=entries[:taken]))
+        if self.has_stopped() and self.stop is not None and not (segment is not None and segment.final):
+            self.stop()
+
+    def replay(self, trajectory: Trajectory) -> None:
+        """Take a response that was generated without listening."""
+        last = trajectory.attempts[-1]
+        for attempt in trajectory.attempts:
+            if attempt.judgement is None:
+                self._commit(attempt.token_ids, [])
+            else:
+                self._judge(JudgedSegment.from_attempt(attempt, attempt.judgement, attempt is last))
+
+    def finish(self, trajectory: Trajectory | None, policy_version: int) -> None:
+        """The response is complete; `trajectory` is None if a stop string ended it before the engine did."""
+        self.trajectory = trajectory
+        if trajectory is not None:
+            self.reused_prefix_tokens = trajectory.reused_prefix_tokens
+            spans = trajectory.attempts[-1].versions
+            policy_version = spans[-1].version if spans else policy_version
+        self.policy_version = policy_version
+        stopped = self.has_stopped() or trajectory is None
+        self.finish_reason = "stop" if stopped else trajectory.finish_reason  # type: ignore[union-attr]
+        text = self._cursor.finish()
+        self._texts.append(text)
+        if self._live is not None:
+            self._live.finish()
+        if self._raw is not None:
+            self._trim_segments(self._raw.characters - self._cursor.characters)
+        self._emit(Chunk(text=text, final=True))
+
+    def _trim_segments(self, excess: int) -> None:
+        """Cut what a stop string took off the text from the end of the last accepted segments."""
+        for segment in reversed(self.segments):
+            if excess <= 0:
+                return
+            if not segment.erased:
+                cut = min(excess, len(segment.text))
+                segment.text = segment.text[: len(segment.text) - cut]
+                excess -= cut
+
+    def _emit(self, chunk: Chunk) -> None:
+        if self._changed is not None:
+            self.chunks.append(chunk)
+            self._changed(self)
+
+
+def _entries(token_ids: list[int], logprobs: "TopLogprobs | None", top: int | None) -> list[TokenEntry]:
+    if logprobs is None or top is None:
+        return []
+    return [
+        TokenEntry(token_id, known[token_id], _likeliest(known, top))
+        for token_id, known in zip(token_ids, logprobs, strict=False)
+    ]
+
+
+def _likeliest(known: dict[int, float], top: int) -> dict[int, float]:
+    """The `top` likeliest; vLLM lists the sampled token first, and once more in its place if it is among them."""
+    ranked = sorted(known.items(), key=lambda item: -item[1])
+    return dict(ranked[:top])
+
+
+def _plain_entries(segment: JudgedSegment) -> list[TokenEntry]:
+    return [
+        TokenEntry(token_id, logprob, {})
+        for token_id, logprob in zip(segment.token_ids, segment.logprobs, strict=False)
+    ]

@@ -1,0 +1,101 @@
+"""Flags of `python -m rollout_server`, made from the settings. Imports nothing heavy, so that `--help` is fast."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from common.config.erasure import ErasurePolicy
+from rollout_server.http.settings import ENVIRONMENT_PREFIX, ServerSettings, load_settings
+
+DESCRIPTION = """Serve erasable generation over HTTP, compatible with OpenAI's API.
+
+Flags win over environment variables (E3RL_PORT for --port), which win over --config."""
+
+
+class UsageError(Exception):
+    """The server cannot start as it was asked to; the message is one line."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, grouped as the settings are."""
+    result = argparse.ArgumentParser(
+        prog="python -m rollout_server",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings, named like the flags.")
+    groups: dict[str, Any] = {}
+    for name, field in ServerSettings.model_fields.items():
+        extra = field.json_schema_extra
+        title = str(extra["group"]) if isinstance(extra, dict) else "other"
+        group = groups.get(title) or groups.setdefault(title, result.add_argument_group(title))
+        flag = "--" + name.replace("_", "-")
+        text = (field.description or "").replace("%", "%%")
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif name == "api_key":
+            options |= {"action": "append", "metavar": "KEY"}
+        elif field.annotation is ErasurePolicy:
+            options |= {"type": _json, "metavar": "JSON"}
+        else:
+            options["metavar"] = _metavar(name, field.annotation)
+        if field.annotation is not ErasurePolicy and field.default not in (None, ()) and not field.is_required():
+            text += f" (default: {str(field.default).lower() if field.annotation is bool else field.default})"
+        group.add_argument(flag, help=text, **options)
+    return result
+
+
+def _metavar(name: str, annotation: Any) -> str:
+    choices = [value for value in get_args(annotation) if isinstance(value, str)]
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    kinds = set(get_args(annotation)) or {annotation}
+    if float in kinds:
+        return "SECONDS" if name.endswith("_seconds") else "NUMBER"
+    return "N" if int in kinds else name.rpartition("_")[2].upper()
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from error
+
+
+def read_settings(arguments: list[str] | None = None) -> ServerSettings:
+    """The settings that a command line, the environment and a file give.
+
+    Raises:
+        UsageError: with one line for the user.
+        SystemExit: after `--help`, or for flags that do not exist.
+    """
+    flags = vars(parser().parse_args(arguments))
+    config: Path | None = flags.pop("config")
+    try:
+        return load_settings(flags, config)
+    except ValidationError as error:
+        raise UsageError(_describe(error)) from error
+    except OSError as error:
+        raise UsageError(f"--config {config}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise UsageError(f"--config {config}: {' '.join(str(error).split())}") from error
+
+
+def _describe(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors(include_input=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        flag = "--" + place.replace("_", "-") if place else ""
+        if problem["type"] == "missing":
+            problems.append(f"{flag} is needed (or {ENVIRONMENT_PREFIX}{place.upper()})")
+        elif problem["type"] == "extra_forbidden":
+            problems.append(f"unknown setting {place!r}")
+        else:
+            problems.append(f"{flag}: {problem['msg']}".removeprefix(": ").replace("Value error, ", ""))
+    return "; ".join(problems)

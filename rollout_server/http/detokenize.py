@@ -1,0 +1,97 @@
+"""Text of tokens that arrive one by one, without half characters."""
+
+import copy
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from rollout_server.http.stop import StopFinder
+
+_INVALID_PREFIX = "Invalid prefix encountered"
+
+
+class TextCursor:
+    """A place in a response: decodes the tokens that follow and looks for stop strings.
+
+    Characters whose bytes are not complete are held back, also over segment boundaries; bytes that never become a
+    character at the very end of a response are left out, as vLLM does. `prompt` gives the tokenizer its context.
+    `silent` tokens (those that end a response) have no text. `characters`: shown so far. `stopped`: the stop string
+    that was found; nothing is taken after it.
+    """
+
+    __slots__ = ("_silent", "_stream", "_tokenizer", "characters", "finder", "stopped")
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: tuple[str, ...], silent: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self._silent = silent
+        self.finder = StopFinder(stops) if stops else None
+        self.characters = 0
+        self.stopped: str | None = None
+
+    def copy(self) -> "TextCursor":
+        """A cursor at the same place that moves independently."""
+        other: TextCursor = object.__new__(TextCursor)
+        other._tokenizer = self._tokenizer
+        other._stream = copy.copy(self._stream)
+        other._silent = self._silent
+        other.finder = copy.copy(self.finder)
+        other.characters = self.characters
+        other.stopped = self.stopped
+        return other
+
+    def feed(self, token_ids: list[int]) -> tuple[str, int]:
+        """Take tokens: the text that can be shown now, and how many were taken before a stop string was complete."""
+        pieces = []
+        taken = 0
+        for token_id in token_ids:
+            if self.stopped is not None:
+                break
+            taken += 1
+            if token_id in self._silent:
+                continue
+            piece = self._decode(token_id)
+            if piece is None:
+                continue
+            if self.finder is not None:
+                piece, self.stopped = self.finder.push(piece)
+            if piece:
+                pieces.append(piece)
+        text = "".join(pieces)
+        self.characters += len(text)
+        return text, taken
+
+    def finish(self) -> str:
+        """Text that was held back in case it began a stop string."""
+        if self.finder is None or self.stopped is not None:
+            return ""
+        text = self.finder.flush()
+        self.characters += len(text)
+        return text
+
+    def _decode(self, token_id: int) -> str | None:
+        stream: Any = self._stream
+        try:
+            piece: str | None = stream.step(self._tokenizer, token_id)
+            return piece
+        except Exception as error:
+            # Some byte sequences decode differently once more follow; the stream then has to start afresh.
+            if not str(error).startswith(_INVALID_PREFIX):
+                raise
+        self._stream = DecodeStream(skip_special_tokens=True)
+        return self._stream.step(self._tokenizer, token_id)
+
+
+class TokenTexts:
+    """The text of single tokens, for log-probs."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def __getitem__(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text

@@ -1,0 +1,175 @@
+"""The choices of one request: started on replicas, followed to their end, cancelled together."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from common.trajectory import ResponseRequest, Trajectory
+from rollout_server.http.choice import Choice, Chunk
+from rollout_server.http.errors import ApiError, unavailable
+from rollout_server.http.replicas import Member, ReplicaLost, ReplicaSet
+
+log = logging.getLogger("e3rl.generation")
+RESUBMISSIONS = 3
+MakeChoice = Callable[[int, ResponseRequest, Callable[[Choice], None] | None], Choice]
+
+
+class Generation:
+    """Generates groups of responses; each group stays on one replica.
+
+    If a replica dies before anything was shown to the client, its groups are generated anew on another; afterwards
+    the request fails with 503. Leaving the context cancels what is not finished, which frees its KV blocks.
+    """
+
+    def __init__(
+        self, replicas: ReplicaSet, groups: list[list[ResponseRequest]], make_choice: MakeChoice, streams: bool
+    ) -> None:
+        self._replicas = replicas
+        self._make_choice = make_choice
+        self._streams = streams
+        self._fresh: dict[int, Choice] = {}
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._requests = groups
+        self.shown = False
+        self.resubmissions = 0
+        indices = itertools.count()
+        changed = self._changed if streams else None
+        self.groups = [[make_choice(next(indices), request, changed) for request in group] for group in groups]
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [choice for group in self.groups for choice in group]
+
+    async def finish(self) -> None:
+        """Generate to the end.
+
+        Raises:
+            ApiError: the first failure; the other responses are cancelled.
+        """
+        self._start()
+        try:
+            await _all(self._tasks)
+        finally:
+            await self._cancel()
+
+    async def chunks(self) -> AsyncIterator[list[tuple[Choice, Chunk]]]:
+        """What is new, as it comes: consecutive chunks of a choice that came at once are one."""
+        self._start()
+        everything = asyncio.ensure_future(_all(self._tasks))
+        everything.add_done_callback(lambda _: self._wake.set())
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                fresh, self._fresh = self._fresh, {}
+                batch = [(choice, chunk) for choice in fresh.values() for chunk in _joined(choice)]
+                if batch:
+                    self.shown = True
+                    yield batch
+                elif everything.done():
+                    await everything
+                    return
+        finally:
+            everything.cancel()
+            await asyncio.gather(everything, return_exceptions=True)
+            await self._cancel()
+
+    def _changed(self, choice: Choice) -> None:
+        self._fresh[choice.index] = choice
+        self._wake.set()
+
+    def _start(self) -> None:
+        for number in range(len(self.groups)):
+            self._tasks.append(asyncio.create_task(self._group(number)))
+
+    async def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _group(self, number: int) -> None:
+        """Generate one group, on another replica if its own dies."""
+        for attempt in itertools.count():
+            group = self.groups[number]
+            member = await self._choose(len(group), resubmitted=attempt > 0)
+            tasks = [asyncio.create_task(self._respond(choice, member)) for choice in group]
+            try:
+                await _all(tasks)
+                return
+            except ReplicaLost as error:
+                self._replicas.lost(member)
+                if self.shown or attempt >= RESUBMISSIONS:
+                    raise unavailable("the replica that generated this response died") from error
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._replicas.leave(member, len(group))
+            self.resubmissions += 1
+            log.warning("a replica died; its %d responses are generated anew", len(group))
+            changed = self._changed if self._streams else None
+            self.groups[number] = [
+                self._make_choice(choice.index, _renamed(choice.request, attempt), changed) for choice in group
+            ]
+
+    async def _choose(self, responses: int, resubmitted: bool) -> Member:
+        """A replica; after a loss, wait for one to come back: the request's deadline bounds the wait."""
+        while True:
+            try:
+                return self._replicas.choose(responses)
+            except ApiError:
+                if not resubmitted or all("could not be restarted" in (m.error or "") for m in self._replicas.members):
+                    raise
+            await asyncio.sleep(0.1)
+
+    async def _respond(self, choice: Choice, member: Member) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("responses are generated in tasks of their own")
+        listens = choice.needs_listening()
+        choice.stop = lambda: _cancel(task)
+        trajectory: Trajectory | None = None
+        try:
+            trajectory = await member.replica.generate(choice.request, choice if listens else None)
+        except asyncio.CancelledError:
+            if not choice.has_stopped():
+                raise
+            task.uncancel()
+        if trajectory is not None and not listens:
+            choice.replay(trajectory)
+        choice.finish(trajectory, member.version)
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+async def _all(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for all; the first failure raises. One that cancelled itself at a stop string is no failure."""
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.result()
+
+
+def _joined(choice: Choice) -> list[Chunk]:
+    """The choice's new chunks, with texts joined up to an erasure."""
+    chunks, choice.chunks = choice.chunks, []
+    joined: list[Chunk] = []
+    for chunk in chunks:
+        last = joined[-1] if joined else None
+        if last is None or last.erased is not None or chunk.erased is not None:
+            joined.append(chunk)
+        else:
+            last.text += chunk.text
+            last.token_ids += chunk.token_ids
+            last.entries += chunk.entries
+            last.final = last.final or chunk.final
+    return joined
+
+
+def _renamed(request: ResponseRequest, attempt: int) -> ResponseRequest:
+    """The same request in a group of its own: the old one's statistics are gone with its replica."""
+    return request.model_copy(update={"group_id": f"{request.group_id}~{attempt + 1}"})

@@ -1,0 +1,86 @@
+"""A replica in the server's own process: tokens reach the HTTP stream without another hop."""
+
+from contextlib import suppress
+from typing import Any
+
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from common.config.run import EngineConfig, ModelConfig
+from common.trajectory import ResponseRequest, Trajectory
+from common.weights import WeightUpdate
+from rollout_server.engine import ErasableEngine, WeightSyncError
+from rollout_server.http.replicas import EngineFacts, GenerationAborted, NoWeights, ReplicaLost
+from rollout_server.rollback import Listener
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
+
+
+class LocalReplica:
+    """Implements `Replica` around an `ErasableEngine`."""
+
+    def __init__(self, model: ModelConfig, engine: EngineConfig, version: int) -> None:
+        self._model = model
+        self._config = engine
+        self._version = version
+        self._engine: ErasableEngine | None = None
+
+    async def start(self) -> EngineFacts:
+        await self.close()
+        self._engine = await ErasableEngine.start(self._model, self._config, version=self._version)
+        return engine_facts(self._engine)
+
+    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
+        engine = self.engine
+        try:
+            return await engine.generate(request, listener)
+        except EngineDeadError as error:
+            raise ReplicaLost("the engine died") from error
+        except WeightSyncError as error:
+            raise NoWeights(str(error)) from error
+        except RuntimeError as error:
+            if "vLLM aborted" not in str(error):
+                raise
+            raise GenerationAborted(str(error)) from error
+
+    async def probe(self) -> None:
+        engine = self.engine
+        try:
+            await engine.check_health()
+            await engine.counters()
+        except EngineDeadError as error:
+            raise ReplicaLost("the engine died") from error
+
+    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
+        return await self.engine.sync(update, deadline_seconds)
+
+    async def pause(self, mode: str) -> None:
+        await self.engine.pause(mode)
+
+    async def resume(self) -> None:
+        await self.engine.resume()
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            with suppress(EngineDeadError):
+                await engine.close()
+
+    @property
+    def engine(self) -> ErasableEngine:
+        """The engine; raises `ReplicaLost` while there is none."""
+        if self._engine is None:
+            raise ReplicaLost("the engine is not running")
+        return self._engine
+
+
+def engine_facts(engine: ErasableEngine) -> EngineFacts:
+    """What the server must know of a started engine."""
+    config: Any = engine.llm.model_config
+    defaults = config.get_diff_sampling_param()
+    return EngineFacts(
+        version=engine.version,
+        max_length=engine.max_length,
+        eos_token_ids=engine.eos_token_ids,
+        vocabulary=config.get_vocab_size(),
+        defaults={name: defaults[name] for name in SAMPLING_DEFAULTS if name in defaults},
+    )

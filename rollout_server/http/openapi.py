@@ -1,0 +1,82 @@
+"""What FastAPI's schema lacks because bodies are read here: request bodies, errors, keys."""
+
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+
+from rollout_server.http.errors import from_validation
+from rollout_server.http.schema.service import ErrorAnswer
+
+REFERENCE = "#/components/schemas/{model}"
+_EXPLANATIONS = {
+    400: "A value is wrong, a parameter unknown, or the prompt too long: `param` names it.",
+    401: "No valid API key.",
+    404: "No such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too long.",
+    429: "Too many requests wait; `Retry-After` says when to try again.",
+    431: "The headers are too long.",
+    500: "An error of the server.",
+    503: "No replica is ready.",
+    504: "The request's deadline passed.",
+}
+EVERYWHERE = (401, 408, 413, 431, 500)
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """The request's JSON body.
+
+    Raises:
+        ApiError: 400 that names the place of the problem.
+    """
+    try:
+        return model.model_validate_json(await request.body() or b"{}")
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def takes(model: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route whose body is `model`."""
+    schema = {"$ref": REFERENCE.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route: these errors and those that every route may answer with."""
+    return {
+        status: {"model": ErrorAnswer, "description": _EXPLANATIONS[status]}
+        for status in sorted({*EVERYWHERE, *statuses})
+    }
+
+
+def streamed(media_type: str, model: type[BaseModel], text: str) -> dict[str, Any]:
+    """The description of status 200 of a route that can stream `model`s."""
+    schema = {"type": "string", "description": text, "x-each": {"$ref": REFERENCE.format(model=model.__name__)}}
+    return {"content": {media_type: {"schema": schema}}}
+
+
+def describe(app: FastAPI, bodies: list[type[BaseModel]], streams: list[type[BaseModel]], needs_key: bool) -> None:
+    """Make the app's OpenAPI schema complete: `bodies` are the models of requests, `streams` those of streams."""
+
+    def schema() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            result = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            components = result.setdefault("components", {}).setdefault("schemas", {})
+            modes: list[Any] = [(model, "validation") for model in bodies]
+            modes += [(model, "serialization") for model in streams]
+            _, definitions = models_json_schema(modes, ref_template=REFERENCE)
+            components.update(definitions.get("$defs", {}))
+            if needs_key:
+                result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                for path, operations in result["paths"].items():
+                    for operation in operations.values():
+                        operation["security"] = [] if path == "/health" else [{"key": []}]
+            app.openapi_schema = result
+        return app.openapi_schema
+
+    app.openapi = schema  # type: ignore[method-assign]

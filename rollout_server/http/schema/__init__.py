@@ -1,0 +1,1 @@
+"""Pydantic models of every request and answer: strict, with bounds on every number and examples."""

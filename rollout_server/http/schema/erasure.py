@@ -1,0 +1,136 @@
+"""The `erasure` object of requests and answers."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config.erasure import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
+from rollout_server.http.schema.base import AnswerModel, RequestModel, TokenId
+
+SegmentLength = Annotated[int, Field(ge=1, le=1_048_576)]
+
+
+class FixedSegments(RequestModel):
+    """Segments of `length` tokens each."""
+
+    mode: Literal["fixed"]
+    length: SegmentLength = 512
+
+
+class DelimiterSegments(RequestModel):
+    """A segment ends with the first token that holds `delimiter`, within these lengths in tokens."""
+
+    mode: Literal["delimiter"]
+    delimiter: str = Field(default="\n", min_length=1, max_length=64)
+    min_length: SegmentLength = 1
+    max_length: SegmentLength = 512
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "DelimiterSegments":
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length ({self.min_length}) exceeds max_length ({self.max_length})")
+        return self
+
+
+class UncertaintyWeights(RequestModel):
+    """Weights of the parts of a segment's uncertainty."""
+
+    base: float = Field(default=1.0, ge=0.0, le=1e3)
+    extreme: float = Field(default=0.0, ge=0.0, le=1e3)
+    gradient: float = Field(default=0.0, ge=0.0, le=1e3)
+
+    @model_validator(mode="after")
+    def _one_is_positive(self) -> "UncertaintyWeights":
+        if self.base == self.extreme == self.gradient == 0.0:
+            raise ValueError("weights are all 0: every segment would have the uncertainty 0")
+        return self
+
+
+class ErasureOptions(RequestModel):
+    """How this request is generated; what is left out is as the server's default policy has it."""
+
+    enabled: bool = Field(default=True, description="false: plain vLLM generation.")
+    segmentation: Annotated[FixedSegments | DelimiterSegments, Field(discriminator="mode")] | None = None
+    signal: Literal["entropy", "cross_entropy"] | None = None
+    window: int | None = Field(default=None, ge=1, le=4096, description="Trailing moving average, in tokens.")
+    weights: UncertaintyWeights | None = None
+    kappa: float | None = Field(default=None, ge=-10.0, le=10.0)
+    gamma: float | None = Field(default=None, ge=0.0, le=10.0)
+    eta: float | None = Field(default=None, ge=0.0, le=0.99)
+    max_erasures: int | None = Field(default=None, ge=0, le=1000, description="Erasures of one segment at most.")
+    regeneration_budget: float | None = Field(
+        default=None, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
+    )
+    retry_temperature: float | None = Field(
+        default=None, ge=0.01, le=2.0, description="Temperature of regenerated segments; null: the request's."
+    )
+    threshold: float | None = Field(
+        default=None, ge=0.0, le=1e6, description="Replaces the adaptive threshold; 0 erases until max_erasures."
+    )
+    stream: Literal["commit", "live"] = "commit"
+    return_segments: bool = True
+
+    def policy(self, default: ErasurePolicy) -> ErasurePolicy:
+        """The policy that these options ask for, on top of the server's. An explicit null counts where null says
+        something (`retry_temperature`, `threshold`); elsewhere it is as if the key were left out.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        changes = {
+            name: value
+            for name, value in given.items()
+            if name in ErasurePolicy.model_fields and (value is not None or name in ("retry_temperature", "threshold"))
+        }
+        if isinstance(self.segmentation, FixedSegments):
+            changes["segmentation"] = FixedSegmentation(**self.segmentation.model_dump())
+        elif isinstance(self.segmentation, DelimiterSegments):
+            changes["segmentation"] = DelimiterSegmentation(**self.segmentation.model_dump())
+        if self.weights is not None:
+            changes["weights"] = SignalWeights(**self.weights.model_dump())
+        return default.model_copy(update=changes)
+
+
+class Segment(AnswerModel):
+    """One attempt at one segment. `start`, `end`: positions in the response's tokens at the time of the attempt.
+
+    A stop string cuts the last accepted segment: `end`, `text` and `token_ids` are what is left, and the numbers are
+    those of the whole segment, as it was judged.
+    """
+
+    index: int
+    attempt: int
+    start: int
+    end: int
+    uncertainty: float
+    base: float
+    extreme: float
+    gradient: float
+    baseline: float | None
+    penalty: float
+    modulation: float
+    threshold: float | None
+    verdict: Literal["accepted", "erased"]
+    text: str
+    token_ids: list[TokenId]
+
+
+class ErasureReport(AnswerModel):
+    """What erasure did in one choice. `generated_tokens`: committed and erased ones."""
+
+    event: Literal["finish"] | None = Field(default=None, description="In streams only: the choice is complete.")
+    policy_version: int
+    generated_tokens: int
+    erased_tokens: int
+    reused_prefix_tokens: int
+    segments: list[Segment] | None = Field(
+        default=None, description="Every attempt, in order; absent if return_segments is false."
+    )
+
+
+class ErasureEvent(AnswerModel):
+    """In live streams: drop `retract_characters` (Unicode code points) from the end of this choice's text."""
+
+    event: Literal["erase"]
+    segment: int
+    attempt: int
+    retract_characters: int
+    retract_tokens: int | None = Field(default=None, description="Present if return_token_ids is true.")

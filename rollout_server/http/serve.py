@@ -1,0 +1,189 @@
+"""The server process: start the replicas, then both listeners; stop them in good order."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+
+from common.config.run import EngineConfig, ModelConfig
+from rollout_server.http.admin import WeightLoader, admin_app
+from rollout_server.http.app import public_app
+from rollout_server.http.command_line import UsageError
+from rollout_server.http.listeners import Listener, address, bind
+from rollout_server.http.logs import configure
+from rollout_server.http.model_files import read_model
+from rollout_server.http.replicas import Replica, ReplicaSet
+from rollout_server.http.service import Service
+from rollout_server.http.settings import ServerSettings
+from rollout_server.http.tracing import otlp_tracing
+
+log = logging.getLogger("e3rl.server")
+WATCH_SECONDS = 5.0
+LAST_WORDS_SECONDS = 6.0
+"""What connections have, after their requests were cancelled, to send the error."""
+
+
+class StartError(Exception):
+    """The replicas did not start; the message is one line."""
+
+
+def configs(settings: ServerSettings, model: dict[str, Any]) -> tuple[ModelConfig, EngineConfig]:
+    """The engine's configuration, as training has it."""
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return (
+        ModelConfig(
+            path=model["source"],
+            revision=settings.revision,
+            dtype=dtype,
+            max_length=model["max_length"],
+            trust_remote_code=settings.trust_remote_code,
+        ),
+        EngineConfig(
+            replicas=settings.replicas,
+            max_concurrent_responses=settings.max_concurrent_responses,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            kv_cache_gib=settings.kv_cache_gib,
+            num_gpu_blocks_override=settings.num_gpu_blocks_override,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=settings.enforce_eager,
+            start_seconds=settings.start_seconds,
+            response_seconds=settings.request_seconds,
+            log_stats=settings.engine_metrics,
+        ),
+    )
+
+
+def make_replicas(settings: ServerSettings, model: ModelConfig, engine: EngineConfig) -> list[Replica]:
+    """One replica in this process, or several as Ray actors."""
+    if settings.replicas == 1:
+        from rollout_server.http.local_replica import LocalReplica
+
+        return [LocalReplica(model, engine, settings.policy_version)]
+    from rollout_server.http.ray_replica import RayReplica, connect
+
+    connect(settings.ray_address)
+    return [RayReplica(number, model, engine, settings.policy_version) for number in range(settings.replicas)]
+
+
+async def start_service(settings: ServerSettings) -> tuple[Service, WeightLoader]:
+    """Start the replicas and what stands in front of them.
+
+    Raises:
+        UsageError: the model cannot be found or read.
+        StartError: a replica did not start.
+    """
+    model, tokenizer = await asyncio.to_thread(read_model, settings)
+    model_config, engine_config = configs(settings, model)
+    replicas = ReplicaSet(
+        make_replicas(settings, model_config, engine_config),
+        start_seconds=settings.start_seconds,
+        sync_seconds=settings.sync_seconds,
+        probe_seconds=settings.probe_seconds,
+    )
+    tracing = otlp_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    service = Service(settings, replicas, tokenizer, tracing)
+    try:
+        await replicas.start()
+    except Exception as error:
+        await replicas.close()
+        log.debug("start failed", exc_info=True)
+        raise StartError(f"the model did not start: {' '.join(str(error).split()) or type(error).__name__}") from error
+    loader = WeightLoader(service, model, getattr(torch, model_config.dtype))
+    return service, loader
+
+
+async def serve(settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    public, admin = bind(settings)
+    started = time.monotonic()
+    starting = asyncio.create_task(start_service(settings))
+    stopping = asyncio.create_task(_wait(stop))
+    waiting: set[asyncio.Task[Any]] = {starting, stopping}
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return
+    service, loader = await starting
+    seconds = settings.shutdown_seconds + LAST_WORDS_SECONDS
+    listeners = [Listener(public_app(service), public, seconds), Listener(admin_app(service, loader), admin, seconds)]
+    running = [asyncio.create_task(listener.run_until_stopped()) for listener in listeners]
+    watching = asyncio.create_task(service.replicas.watch(WATCH_SECONDS))
+    ready = asyncio.create_task(_all_accepting(listeners))
+    try:
+        await asyncio.wait({ready, *running}, return_when=asyncio.FIRST_COMPLETED)
+        for task in running:
+            if task.done():
+                task.result()
+        print(banner(settings, service, address(public), address(admin), time.monotonic() - started), flush=True)
+        await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping: %d requests are under way", len(service.under_way))
+    finally:
+        for listener in listeners:
+            listener.should_exit = True
+        await service.stop(settings.shutdown_seconds)
+        await asyncio.gather(*running, return_exceptions=True)
+        watching.cancel()
+        stopping.cancel()
+        ready.cancel()
+        await service.replicas.close()
+        loader.close()
+        if service.tracing is not None:
+            service.tracing.close()
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _all_accepting(listeners: list[Listener]) -> None:
+    for listener in listeners:
+        await listener.accepting.wait()
+
+
+def banner(settings: ServerSettings, service: Service, public: str, admin: str, seconds: float) -> str:
+    """What is printed when the server is ready."""
+    policy = settings.erasure.model_dump_json(exclude_none=True) if settings.erasure_enabled else "off"
+    rows = [
+        ("ready", f"after {seconds:.1f} s"),
+        ("public", public),
+        ("admin", admin),
+        ("model", settings.name),
+        ("policy version", str(service.facts.version)),
+        ("replicas", f"{settings.replicas} x {settings.max_concurrent_responses} responses at a time"),
+        ("longest sequence", f"{service.facts.max_length} tokens"),
+        ("erasure", policy),
+        ("keys", str(len(settings.api_key)) if settings.api_key else "none needed"),
+    ]
+    return "\n".join(f"{name:<17} {value}" for name, value in rows)
+
+
+def run(settings: ServerSettings) -> int:
+    """Run the server; returns the process's exit code."""
+    configure(settings.log_format, settings.log_level)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if settings.serve:
+        from rollout_server.http.ray_serve import run_on_serve
+
+        return run_on_serve(settings)
+    import uvloop
+
+    try:
+        uvloop.run(serve(settings))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

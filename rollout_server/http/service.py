@@ -1,0 +1,160 @@
+"""What the routes share: the replicas, the tokenizer, admission, metrics, and how requests become responses."""
+
+import asyncio
+import time
+from typing import Any
+
+from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from common.trajectory import ResponseRequest
+from rollout_server.http.admission import Admission
+from rollout_server.http.choice import Choice, ChoiceOptions
+from rollout_server.http.detokenize import TextCursor, TokenTexts
+from rollout_server.http.errors import ApiError, bad_request
+from rollout_server.http.generation import Generation
+from rollout_server.http.metrics import ServerMetrics
+from rollout_server.http.replicas import EngineFacts, ReplicaSet
+from rollout_server.http.schema.erasure import ErasureOptions
+from rollout_server.http.segments import JudgedSegment
+from rollout_server.http.settings import ServerSettings
+from rollout_server.http.tracing import Tracing
+
+MAX_DELIMITERS = 64
+"""Different delimiters that the server takes in its lifetime: an engine keeps a table of tokens for each."""
+
+
+class RequestObserver:
+    """Counts one request's first token and attempts, and traces them."""
+
+    def __init__(self, metrics: ServerMetrics, started: float, tracing: Tracing | None, span: Any) -> None:
+        self._metrics = metrics
+        self._started = started
+        self._tracing = tracing
+        self._span = span
+        self.follows = tracing is not None
+        self._has_token = False
+
+    def first_token(self) -> None:
+        if not self._has_token:
+            self._has_token = True
+            self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)
+
+    def attempt(self, choice: Choice, segment: JudgedSegment, started: int, ended: int) -> None:
+        if segment.erased:
+            self._metrics.erasures.inc()
+        if self._tracing is not None and self._span is not None:
+            self._tracing.attempt(self._span, choice.index, segment, started, ended)
+
+
+class Service:
+    """One server. `under_way`: tasks of requests that generate; `stopping`: they are being cancelled."""
+
+    def __init__(
+        self, settings: ServerSettings, replicas: ReplicaSet, tokenizer: Any, tracing: Tracing | None = None
+    ) -> None:
+        self.settings = settings
+        self.replicas = replicas
+        self.tokenizer = tokenizer
+        self.texts = TokenTexts(tokenizer.backend_tokenizer)
+        self.tracing = tracing
+        self.metrics = ServerMetrics()
+        capacity = len(replicas.members) * settings.max_concurrent_responses
+        self.admission = Admission(capacity, settings.max_waiting_requests)
+        self.under_way: set[asyncio.Task[None]] = set()
+        self.stopping = False
+        self.created = int(time.time())
+        self._delimiters: set[str] = set()
+        self._watch()
+
+    def _watch(self) -> None:
+        watch, members = self.metrics.watch, self.replicas.members
+        watch("e3rl_requests_active", "Requests that wait or generate.", lambda: len(self.under_way))
+        watch("e3rl_requests_waiting", "Requests that wait for a place.", lambda: self.admission.waiting)
+        watch("e3rl_responses_active", "Places that generating requests hold.", lambda: self.admission.busy)
+        watch("e3rl_replicas_ready", "Replicas that generate.", lambda: len(self.replicas.ready))
+        watch("e3rl_replica_restarts", "Restarts of replicas.", lambda: sum(m.restarts for m in members))
+        watch("e3rl_policy_version", "Oldest version that a replica holds.", lambda: min(m.version for m in members))
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine says of itself; 503 before it has started."""
+        if self.replicas.facts is None:
+            raise ApiError(503, "the replicas are starting", code="no_replica", headers={"Retry-After": "5"})
+        return self.replicas.facts
+
+    def check_model(self, model: str | None) -> None:
+        """404 unless `model` is served here."""
+        if model is not None and model != self.settings.name:
+            raise ApiError(404, "there is no model with this name here", param="model", code="model_not_found")
+
+    def policy(self, options: ErasureOptions | None) -> ErasurePolicy | None:
+        """The policy of a request; None: without erasure."""
+        if options is None:
+            return self.settings.erasure if self.settings.erasure_enabled else None
+        if not options.enabled:
+            return None
+        policy = options.policy(self.settings.erasure)
+        if isinstance(policy.segmentation, DelimiterSegmentation):
+            delimiter = policy.segmentation.delimiter
+            if delimiter not in self._delimiters and len(self._delimiters) >= MAX_DELIMITERS:
+                raise bad_request(
+                    f"the server has seen {MAX_DELIMITERS} different delimiters and takes no new ones",
+                    "erasure.segmentation.delimiter",
+                )
+            self._delimiters.add(delimiter)
+        return policy
+
+    def check_temperature(self, policy: ErasurePolicy | None, temperature: float) -> None:
+        """400 if erasure would bring back what it erased."""
+        if policy is not None and temperature == 0.0 and policy.retry_temperature is None:
+            raise bad_request(
+                "temperature 0 would bring an erased segment back unchanged: give erasure.retry_temperature, "
+                "or set erasure.enabled to false",
+                "erasure.retry_temperature",
+            )
+
+    def response_length(self, prompt: int, max_tokens: int | None, default: int | None, sentinels: int) -> int:
+        """Tokens that a response may have; 400 with all lengths if prompt and response do not fit the model."""
+        limit = self.facts.max_length
+        room = limit - prompt - sentinels
+        one = " with 1 sentinel" if sentinels else ""
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            wanted = max_tokens or 1
+            raise bad_request(
+                f"the prompt has {prompt} tokens and the response at most {wanted}{one}, together "
+                f"{prompt + wanted + sentinels}: more than the model's length of {limit} tokens",
+                "prompt" if room < 1 else "max_tokens",
+                "context_length_exceeded",
+            )
+        return max_tokens or min(room, default or room)
+
+    def choice_maker(self, observer: RequestObserver, options: ChoiceOptions, stops: tuple[str, ...]) -> Any:
+        """Makes the choices of a request."""
+        backend = self.tokenizer.backend_tokenizer
+        ends = frozenset(self.facts.eos_token_ids)
+
+        def make(index: int, request: ResponseRequest, changed: Any) -> Choice:
+            silent: frozenset[int] = frozenset() if request.ignore_eos else ends
+            cursor = TextCursor(backend, request.prompt_token_ids, stops, silent)
+            return Choice(index, request, cursor, options, observer, changed)
+
+        return make
+
+    def count(self, generation: Generation) -> None:
+        """Add a request's tokens to the metrics."""
+        metrics = self.metrics
+        metrics.resubmissions.inc(generation.resubmissions)
+        for group in generation.groups:
+            metrics.prompt_tokens.inc(len(group[0].request.prompt_token_ids))
+            for choice in group:
+                metrics.committed_tokens.inc(len(choice.token_ids))
+                metrics.erased_tokens.inc(choice.erased_tokens)
+                metrics.reused_prefix_tokens.inc(choice.reused_prefix_tokens)
+
+    async def stop(self, seconds: float) -> None:
+        """Let requests under way finish, and cancel those that have not within `seconds`."""
+        if self.under_way:
+            await asyncio.wait(set(self.under_way), timeout=seconds)
+        self.stopping = True
+        for task in set(self.under_way):
+            task.cancel()
+        await asyncio.gather(*self.under_way, return_exceptions=True)

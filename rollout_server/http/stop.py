@@ -1,0 +1,43 @@
+"""Stop strings in text that arrives in pieces."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class StopFinder:
+    """Finds the stop string that is complete first and holds back text that may be the beginning of one.
+
+    Of those complete with the same character the first in `stops` wins. A copy (`copy.copy`) goes on by itself.
+    """
+
+    stops: tuple[str, ...]
+    held: str = ""
+
+    def push(self, piece: str) -> tuple[str, str | None]:
+        """Text that can be shown, and the stop string that was found; what comes after it is lost."""
+        text = self.held + piece
+        first: tuple[int, str] | None = None
+        for stop in self.stops:
+            start = text.find(stop)
+            if start >= 0 and (first is None or start + len(stop) < first[0]):
+                first = start + len(stop), stop
+        if first is not None:
+            self.held = ""
+            return text[: first[0] - len(first[1])], first[1]
+        keep = self._possible_beginning(text)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def flush(self) -> str:
+        """What was held back: the response has ended, and no stop string was complete."""
+        held, self.held = self.held, ""
+        return held
+
+    def _possible_beginning(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = min(max(map(len, self.stops), default=1) - 1, len(text))
+        for length in range(longest, 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self.stops):
+                return length
+        return 0

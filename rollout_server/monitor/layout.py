@@ -1,0 +1,132 @@
+"""How the monitor's state and its judgements are laid out in tensors, and what a slot must be told."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from common.config.erasure import ErasurePolicy
+from common.threshold import History
+
+NO_SENTINEL = -1
+
+
+class Int(IntEnum):
+    """Columns of the integer state of a slot."""
+
+    POSITION = 0
+    COUNT = 1
+    SEGMENT = 2
+    ATTEMPT = 3
+    ERASED = 4
+    WINDOW = 5
+    MIN_LENGTH = 6
+    MAX_LENGTH = 7
+    LIMIT = 8
+    DELIMITERS = 9
+    STOPS = 10
+    GROUP = 11
+    PRIOR = 12
+    MAX_ERASURES = 13
+    ERASED_LIMIT = 14
+    OBSERVE_ALL = 15
+    USES_ENTROPY = 16
+
+
+class Sum(IntEnum):
+    """Columns of the running sums of a slot; the first five are of the segment under way."""
+
+    AVERAGES = 0
+    SIGNAL = 1
+    MAXIMUM = 2
+    GRADIENT = 3
+    PREVIOUS = 4
+    HISTORY_UNCERTAINTY = 5
+    HISTORY_MEAN = 6
+    HISTORY_DEVIATION = 7
+
+
+class Real(IntEnum):
+    """Columns of a slot's policy."""
+
+    BASE = 0
+    EXTREME = 1
+    GRADIENT = 2
+    KAPPA = 3
+    GAMMA = 4
+    ETA = 5
+    THRESHOLD = 6
+    PRIOR_STRENGTH = 7
+    TEMPERATURE = 8
+    RETRY_TEMPERATURE = 9
+    ENGINE_TEMPERATURE = 10
+
+
+class Field(IntEnum):
+    """Columns of a judgement, float64 `[judged, len(Field)]`."""
+
+    SEGMENT = 0
+    ATTEMPT = 1
+    START = 2
+    END = 3
+    UNCERTAINTY = 4
+    BASE = 5
+    EXTREME = 6
+    GRADIENT = 7
+    BASELINE = 8
+    PENALTY = 9
+    MODULATION = 10
+    THRESHOLD = 11
+    ERASED = 12
+    COUNT = 13
+    MEAN = 14
+    VARIANCE = 15
+    PRIOR_STRENGTH = 16
+    PRIOR_MEAN = 17
+    PRIOR_VARIANCE = 18
+    HISTORY_UNCERTAINTY = 19
+    HISTORY_MEAN = 20
+    HISTORY_DEVIATION = 21
+    ERASED_BEFORE = 22
+    TEMPERATURE = 23
+    FINAL = 24
+    JUDGED = 25
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSpec:
+    """What a slot needs to know of the response that it follows, from wherever the response is resumed.
+
+    `position`: committed tokens so far. `limit`: the response's token limit. `erasable` false: monitored only.
+    `engine_temperature`: what the engine divides logits by after this processor; it differs from the temperature in
+    force where segments are regenerated at their own. `delimiters`, `stops`: rows of the token tables.
+    """
+
+    policy: ErasurePolicy
+    position: int
+    segment: int
+    attempt: int
+    erased_tokens: int
+    limit: int
+    erased_limit: int
+    temperature: float
+    engine_temperature: float
+    erasable: bool
+    history: History
+    delimiters: int
+    stops: int
+    group: int
+    prior: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What one step judged, still on the device.
+
+    `slots` `[judged]`; `fields` float64 `[judged, len(Field)]`; `tokens` float32 `[judged, longest segment, 3]`:
+    log-probability, behaviour log-probability and signal of each token of the segment.
+    """
+
+    slots: torch.Tensor
+    fields: torch.Tensor
+    tokens: torch.Tensor

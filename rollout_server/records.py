@@ -1,0 +1,135 @@
+"""Judgements on their way from the monitor, in vLLM's worker process, to the erasable engine.
+
+A ZeroMQ push/pull pair over a Unix socket: the engine's step is never stopped to fetch them, and one message carries
+all that a step judged. The record of a judgement is on its way before the sentinel that it led to is sampled.
+"""
+
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import torch
+import zmq
+import zmq.asyncio
+
+from rollout_server.monitor import Field, Judged
+
+INBOX_LINGER_MS = 1000
+
+Sender = tuple[int, int]
+"""A submission's uid and the engine step in which its first token was sampled."""
+
+
+class JudgementRecord(msgspec.Struct, array_like=True):
+    """One judged segment of the submission `uid`.
+
+    `opened`, `step`: engine steps in which the submission's first token was sampled and the segment was judged.
+    `fields`: by `rollout_server.monitor.Field`. `tokens`: float32 bytes of `[tokens, 3]`, as in `Judged.tokens`.
+    """
+
+    uid: int
+    opened: int
+    step: int
+    fields: list[float]
+    tokens: bytes
+
+    def field(self, field: Field) -> float:
+        return self.fields[field]
+
+    @property
+    def erased(self) -> bool:
+        return self.fields[Field.ERASED] > 0.0
+
+    @property
+    def final(self) -> bool:
+        """The last segment of the response, and accepted."""
+        return self.fields[Field.FINAL] > 0.0 and not self.erased
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Log-probability, behaviour log-probability and signal, float32 `[tokens, 3]`."""
+        return np.frombuffer(self.tokens, dtype=np.float32).reshape(-1, 3)
+
+
+class Outbox:
+    """The monitor's side. On a GPU a thread waits for the copies to the host, so that no step does.
+
+    Submissions that a record ends are in `ended` once the record has left, for the adapter to collect.
+    """
+
+    def __init__(self, address: str, threaded: bool) -> None:
+        self.ended: deque[tuple[int, bool]] = deque()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, INBOX_LINGER_MS)
+        self._socket.connect(address)
+        self._queue: queue.SimpleQueue[tuple[list[Sender], int, Judged, torch.cuda.Event]] | None = None
+        if threaded:
+            self._queue = queue.SimpleQueue()
+            threading.Thread(target=self._drain, args=(self._queue,), daemon=True, name="e3rl-outbox").start()
+
+    def put(self, senders: list[Sender], step: int, judged: Judged) -> None:
+        """Send what a step judged; `senders` `[judged]` names the rows. Returns at once."""
+        if self._queue is None:
+            self._send(senders, step, judged)
+            return
+        copied = Judged(
+            judged.slots,
+            judged.fields.to("cpu", non_blocking=True),
+            judged.tokens.to("cpu", non_blocking=True),
+        )
+        event = torch.cuda.Event()
+        event.record()
+        self._queue.put((senders, step, copied, event))
+
+    def close(self) -> None:
+        """Send what is left and close the socket; in a worker the end of its process does that."""
+        self._socket.close()
+
+    def _drain(self, waiting: "queue.SimpleQueue[tuple[list[Sender], int, Judged, torch.cuda.Event]]") -> None:
+        while True:
+            senders, step, judged, event = waiting.get()
+            event.synchronize()
+            self._send(senders, step, judged)
+
+    def _send(self, senders: list[Sender], step: int, judged: Judged) -> None:
+        tokens = judged.tokens.numpy()
+        records = []
+        for row, ((uid, opened), fields) in enumerate(zip(senders, judged.fields.tolist(), strict=True)):
+            if fields[Field.JUDGED]:
+                length = int(fields[Field.END] - fields[Field.START])
+                records.append(JudgementRecord(uid, opened, step, fields, tokens[row, :length].tobytes()))
+        if records:
+            self._socket.send(self._encoder.encode(records))
+        for record in records:
+            if record.erased or record.final:
+                self.ended.append((record.uid, record.final))
+
+
+class Inbox:
+    """The engine's side: calls `deliver` for every record, in order, on the event loop that runs `receive`."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.mkdtemp(prefix="e3rl-")
+        self.address = f"ipc://{os.path.join(self._directory, 'records')}"
+        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._socket.set_hwm(0)
+        self._socket.bind(self.address)
+        self._decoder = msgspec.msgpack.Decoder(list[JudgementRecord])
+
+    async def receive(self, deliver: Callable[[JudgementRecord], None]) -> None:
+        """Deliver records until cancelled."""
+        while True:
+            for record in self._decoder.decode(await self._socket.recv()):
+                deliver(record)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)

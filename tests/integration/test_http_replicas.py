@@ -1,0 +1,71 @@
+"""Two replicas in Ray actors: answers, weights on both, and the loss of one under load."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.http_server import ServerProcess, events, running_server, texts
+
+ERASURE = {"segmentation": {"mode": "fixed", "length": 5}, "threshold": 0, "max_erasures": 1}
+
+
+@pytest.fixture(scope="module")
+def pair(http_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    directory = tmp_path_factory.mktemp("pair")
+    flags = ("--replicas", "2", "--max-concurrent-responses", "16")
+    with running_server(http_model, directory, *flags, RAY_USAGE_STATS_ENABLED="0") as server:
+        yield server
+
+
+def engine_processes(server: ServerProcess) -> list[psutil.Process]:
+    """vLLM's engine processes of the server's replicas."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [child for child in children if "EngineCore" in "".join(child.cmdline()[:1]) or "EngineCor" in child.name()]
+
+
+def test_streams_through_actors_are_the_whole_answer(pair: ServerProcess) -> None:
+    request: dict[str, Any] = {"prompt": "Hello", "max_tokens": 17, "n": 3, "seed": 1, "ignore_eos": True}
+    whole = [choice["text"] for choice in pair.complete(**request, erasure=ERASURE)["choices"]]
+    for mode in ("commit", "live"):
+        answer = pair.post("/v1/completions", **request, stream=True, erasure={**ERASURE, "stream": mode})
+        assert texts(list(events(iter(answer.text.split("\n")))), 3) == whole
+    stopped = pair.complete(**request, erasure=ERASURE, stop=whole[0][3:5])["choices"][0]
+    assert stopped["text"] == whole[0][: whole[0].index(whole[0][3:5])]
+
+
+async def test_a_killed_replica_loses_no_request_and_comes_back_with_the_weights(
+    pair: ServerProcess, http_model: Path
+) -> None:
+    synced = pair.admin_client.post("/weights/sync", json={"path": str(http_model.parent / "other")})
+    assert synced.status_code == 200, synced.text
+    checksum = synced.json()["checksum"]
+    body = {"model": pair.model, "prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "erasure": ERASURE}
+    async with httpx.AsyncClient(base_url=pair.url, timeout=240.0) as client:
+        calls = [asyncio.create_task(client.post("/v1/completions", json={**body, "seed": i})) for i in range(24)]
+        while pair.metric("e3rl_responses_active") < 24:
+            await asyncio.sleep(0.02)
+        victims = engine_processes(pair)
+        assert len(victims) == 2
+        os.kill(victims[0].pid, signal.SIGKILL)
+        answers = await asyncio.gather(*calls)
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) <= {200, 503}, statuses
+    assert statuses.count(200) >= 12
+    deadline = time.monotonic() + 240.0
+    while pair.metric("e3rl_replicas_ready") < 2:
+        assert time.monotonic() < deadline, pair.client.get("/ready").text
+        await asyncio.sleep(0.5)
+    weights = pair.admin_client.get("/weights").json()["replicas"]
+    assert [weight["checksum"] for weight in weights] == [checksum] * 2
+    assert {weight["policy_version"] for weight in weights} == {1}
+    assert pair.metric("e3rl_replica_restarts") == 1
+    again = pair.complete(max_tokens=5, n=4)
+    assert {choice["erasure"]["policy_version"] for choice in again["choices"]} == {1}

@@ -1,0 +1,283 @@
+"""The invariants of the algorithm (`algorithm.md`, section 8) on a real engine, with two model families."""
+
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+
+from common.config import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
+from common.threshold import History, adaptive_threshold, is_erased, shrunk_moments
+from common.trajectory import Attempt, ResponseRequest, Trajectory
+from common.uncertainty import segment_uncertainty, token_signal
+from tests.engines import ReferenceModel, RunningEngine, group_requests, running_engine
+from tests.models import byte_tokenizer, tiny_llama, tiny_qwen3
+
+TOLERANCE = 1e-4
+FAMILIES = {"qwen3-tied": lambda path: tiny_qwen3(path, tied=True), "llama-untied": tiny_llama}
+POLICIES = {
+    "fixed": ErasurePolicy(segmentation=FixedSegmentation(length=7), kappa=0.0, gamma=0.1, eta=0.3, max_erasures=3),
+    "delimiter": ErasurePolicy(
+        segmentation=DelimiterSegmentation(delimiter="e", min_length=2, max_length=11),
+        signal="entropy",
+        window=3,
+        weights=SignalWeights(base=0.5, extreme=0.7, gradient=0.2),
+        kappa=-0.3,
+        gamma=0.05,
+        eta=0.5,
+        max_erasures=4,
+        regeneration_budget=0.6,
+        prior_strength=3.0,
+        observe="all",
+    ),
+}
+
+
+class Family:
+    """A running engine, the same model in transformers, and one set of trajectories for each policy."""
+
+    def __init__(self, path: Path, engine: RunningEngine) -> None:
+        self.path = path
+        self.engine = engine
+        self.reference = ReferenceModel(path)
+        self._trajectories: dict[str, list[Trajectory]] = {}
+
+    def trajectories(self, policy: str) -> list[Trajectory]:
+        """12 groups of 4, the first member of each plain, all 48 responses at once."""
+        if policy not in self._trajectories:
+            requests = group_requests(12, 4, max_tokens=60, seed=len(policy), policy=POLICIES[policy])
+            requests = [r.model_copy(update={"erasable": r.sample > 0}) for r in requests]
+            self._trajectories[policy] = self.engine.generate(requests)
+        return self._trajectories[policy]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+    path = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+    with running_engine(path, max_concurrent_responses=32) as engine:
+        yield Family(path, engine)
+
+
+@pytest.fixture(params=list(POLICIES))
+def trajectories(family: Family, request: pytest.FixtureRequest) -> list[Trajectory]:
+    return family.trajectories(request.param)
+
+
+def prefix_of(trajectory: Trajectory, attempt: Attempt) -> list[int]:
+    """The committed tokens before an attempt."""
+    return trajectory.token_ids[: attempt.start]
+
+
+def test_something_is_erased_and_something_is_not(trajectories: list[Trajectory]) -> None:
+    erased = sum(t.erasures for t in trajectories)
+    assert erased > 20
+    assert sum(len(t.accepted) for t in trajectories) > 20
+    assert any(a.attempt > 1 for t in trajectories for a in t.attempts)
+
+
+def test_committed_tokens_are_the_accepted_attempts_without_a_sentinel(
+    family: Family, trajectories: list[Trajectory]
+) -> None:
+    sentinels = set(family.engine.engine.sentinel_ids)
+    for trajectory in trajectories:
+        position = 0
+        for attempt in trajectory.attempts:
+            assert attempt.start == position
+            assert attempt.end - attempt.start == len(attempt.token_ids) > 0
+            assert not sentinels & set(attempt.token_ids)
+            if attempt.verdict == "accepted":
+                position = attempt.end
+        assert position == len(trajectory.token_ids) <= 60
+        ended = trajectory.token_ids[-1] in family.engine.engine.eos_token_ids
+        assert ended == (trajectory.finish_reason == "stop")
+        assert ended or position == 60
+        assert not set(trajectory.token_ids[:-1]) & set(family.engine.engine.eos_token_ids)
+
+
+def test_segments_end_where_the_segmentation_says(trajectories: list[Trajectory]) -> None:
+    for trajectory in trajectories:
+        segmentation = trajectory.policy.segmentation
+        for attempt in trajectory.attempts:
+            last = attempt.end == 60 or attempt.token_ids[-1] == 256
+            assert len(attempt.token_ids) <= segmentation.max_length
+            if isinstance(segmentation, DelimiterSegmentation):
+                delimiter = [t == byte_token("e") for t in attempt.token_ids]
+                assert not any(delimiter[segmentation.min_length - 1 : -1])
+                ended = delimiter[-1] and len(delimiter) >= segmentation.min_length
+                assert ended or last or len(delimiter) == segmentation.max_length
+            else:
+                assert last or len(attempt.token_ids) == segmentation.length
+
+
+def byte_token(character: str) -> int:
+    """The test tokenizer's id of an ASCII character."""
+    (token,) = byte_tokenizer(256)(character)["input_ids"]
+    return token
+
+
+def test_every_log_prob_is_the_policys_given_only_the_committed_prefix(
+    family: Family, trajectories: list[Trajectory]
+) -> None:
+    for trajectory in trajectories:
+        expected = family.reference.logprobs(trajectory.prompt_token_ids, trajectory.token_ids)
+        torch.testing.assert_close(torch.tensor(trajectory.logprobs).double(), expected, atol=TOLERANCE, rtol=0)
+        assert trajectory.behaviour_logprobs == trajectory.logprobs
+
+
+def test_erased_attempts_are_recorded_with_their_own_log_probs(family: Family, trajectories: list[Trajectory]) -> None:
+    erased = [(t, a) for t in trajectories for a in t.attempts if a.verdict == "erased"]
+    for trajectory, attempt in erased[::5]:
+        prompt = trajectory.prompt_token_ids + prefix_of(trajectory, attempt)
+        expected = family.reference.logprobs(prompt, attempt.token_ids)
+        torch.testing.assert_close(torch.tensor(attempt.logprobs).double(), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_uncertainty_equals_the_reference_on_a_transformers_forward_pass(
+    family: Family, trajectories: list[Trajectory]
+) -> None:
+    for trajectory in trajectories[::3]:
+        policy = trajectory.policy
+        for attempt in trajectory.attempts:
+            prompt = trajectory.prompt_token_ids + prefix_of(trajectory, attempt)
+            logits = family.reference.logits(prompt, attempt.token_ids)
+            signal = token_signal(logits, torch.tensor(attempt.token_ids), policy.signal)
+            torch.testing.assert_close(torch.tensor(attempt.signal).double(), signal, atol=TOLERANCE, rtol=0)
+            expected = segment_uncertainty(signal, policy.window, policy.weights)
+            judgement = attempt.judgement
+            for part in ("uncertainty", "base", "extreme", "gradient"):
+                assert getattr(judgement, part) == pytest.approx(getattr(expected, part), abs=TOLERANCE)
+
+
+def test_a_record_replays_to_the_same_threshold_and_verdict(trajectories: list[Trajectory]) -> None:
+    for trajectory in trajectories:
+        for attempt in trajectory.attempts:
+            policy, judgement = trajectory.policy, attempt.judgement
+            replayed = adaptive_threshold(policy, judgement.statistics, judgement.history, attempt.attempt)
+            for factor in ("baseline", "penalty", "modulation", "threshold"):
+                recorded = getattr(judgement, factor)
+                assert (math.inf if recorded is None else recorded) == pytest.approx(
+                    getattr(replayed, factor), abs=TOLERANCE
+                )
+            erased = trajectory.erasable and is_erased(
+                policy,
+                judgement.uncertainty,
+                replayed.threshold,
+                attempt.attempt,
+                judgement.erased_tokens_before,
+                len(attempt.token_ids),
+                trajectory.erased_token_limit,
+            )
+            assert erased == (attempt.verdict == "erased")
+
+
+def test_group_statistics_are_those_of_the_groups_own_attempts(trajectories: list[Trajectory]) -> None:
+    groups = defaultdict(list)
+    for trajectory in trajectories:
+        groups[trajectory.group_id].append(trajectory)
+    for members in groups.values():
+        observed: dict[int, list[float]] = defaultdict(list)
+        latest = {}
+        for attempt in (a for t in members for a in t.attempts):
+            if attempt.attempt == 0 or members[0].policy.observe == "all":
+                observed[attempt.segment].append(attempt.judgement.uncertainty)
+            seen = latest.get(attempt.segment)
+            if seen is None or attempt.judgement.statistics.count > seen.count:
+                latest[attempt.segment] = attempt.judgement.statistics
+        for segment, values in observed.items():
+            values = torch.tensor(values, dtype=torch.float64)
+            assert latest[segment].count == len(values)
+            assert latest[segment].mean == pytest.approx(float(values.mean()), abs=1e-9)
+            assert latest[segment].variance == pytest.approx(float(values.var(correction=0)), abs=1e-9)
+
+
+def test_history_is_the_sum_over_accepted_segments(trajectories: list[Trajectory]) -> None:
+    for trajectory in trajectories:
+        history = History()
+        for attempt in trajectory.attempts:
+            for name in ("uncertainty", "mean", "deviation"):
+                assert getattr(attempt.judgement.history, name) == pytest.approx(getattr(history, name), abs=1e-9)
+            moments = shrunk_moments(attempt.judgement.statistics)
+            if attempt.verdict == "accepted" and moments is not None:
+                history = History(
+                    history.uncertainty + attempt.judgement.uncertainty,
+                    history.mean + moments[0],
+                    history.deviation + moments[1],
+                )
+
+
+def test_erasures_stay_within_their_limits_and_plain_members_have_none(trajectories: list[Trajectory]) -> None:
+    for trajectory in trajectories:
+        assert max(a.attempt for a in trajectory.attempts) <= trajectory.policy.max_erasures
+        assert trajectory.erased_tokens <= trajectory.erased_token_limit
+        assert trajectory.erased_token_limit == int(trajectory.policy.regeneration_budget * 60)
+        if not trajectory.erasable:
+            assert trajectory.erasures == 0
+            assert all(a.judgement is not None for a in trajectory.attempts)
+
+
+def test_every_token_carries_the_version_that_sampled_it(trajectories: list[Trajectory]) -> None:
+    for trajectory in trajectories:
+        assert trajectory.token_versions == [0] * len(trajectory.token_ids)
+
+
+def test_nothing_is_left_behind(family: Family) -> None:
+    family.trajectories("fixed")
+    assert family.engine.counters()["following"] == 0
+    assert family.engine.run(family.engine.engine.llm.reset_prefix_cache()), "KV blocks are still in use"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_an_infinite_threshold_gives_plain_vllms_tokens(family: Family, temperature: float) -> None:
+    requests = group_requests(8, 2, max_tokens=50, seed=7, temperature=temperature)
+    monitored = [
+        r.model_copy(
+            update={
+                "policy": ErasurePolicy(
+                    segmentation=FixedSegmentation(length=8), threshold=math.inf, retry_temperature=1.0
+                )
+            }
+        )
+        for r in requests
+    ]
+    erasable = family.engine.generate(monitored)
+    # Rows of the random test models that stand for sentinels are as likely as others: not so in a trained model.
+    plain = plain_vllm(family.engine, requests, excluded=family.engine.engine.sentinel_ids)
+    assert [t.token_ids for t in erasable] == plain
+    assert {t.finish_reason for t in erasable} <= {"stop", "length"}
+
+
+def plain_vllm(engine: RunningEngine, requests: list[ResponseRequest], excluded: Iterable[int] = ()) -> list[list[int]]:
+    """What vLLM itself samples, without any monitor, from a vocabulary without `excluded`."""
+
+    async def one(number: int) -> list[int]:
+        request = requests[number]
+        params = SamplingParams(
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            logit_bias=dict.fromkeys(excluded, -100.0),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids)
+        async for output in engine.engine.llm.generate(
+            prompt, params, f"reference-{request.seed}-{request.temperature}"
+        ):
+            tokens = list(output.outputs[0].token_ids)
+        return tokens
+
+    async def together() -> list[list[int]]:
+        return await asyncio.gather(*(one(number) for number in range(len(requests))))
+
+    return engine.run(together())
+
+
+def test_without_a_policy_the_engine_is_plain_vllm(family: Family) -> None:
+    requests = group_requests(4, 2, max_tokens=30, seed=9, temperature=0.0)
+    trajectories = family.engine.generate(requests)
+    assert [t.token_ids for t in trajectories] == plain_vllm(family.engine, requests)
+    assert all(a.judgement is None for t in trajectories for a in t.attempts)

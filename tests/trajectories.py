@@ -1,0 +1,147 @@
+"""Hand-made rollouts for tests: trajectories of given segments, with random tokens and log-probs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.threshold import GroupStatistics, History
+from common.trajectory import Attempt, Group, Judgement, Prompt, Trajectory, Verdict, VersionSpan
+
+PROMPT_TOKENS = (10, 20, 30, 40)
+
+
+def judgement(uncertainty: float) -> Judgement:
+    """A judgement of which only the uncertainty matters."""
+    return Judgement(
+        uncertainty=uncertainty,
+        base=uncertainty,
+        extreme=0.0,
+        gradient=0.0,
+        baseline=None,
+        penalty=1.0,
+        modulation=1.0,
+        threshold=None,
+        statistics=GroupStatistics(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        history=History(),
+        erased_tokens_before=0,
+    )
+
+
+def attempt(
+    rng: np.random.Generator,
+    segment: int,
+    start: int,
+    length: int,
+    *,
+    number: int = 0,
+    verdict: Verdict = "accepted",
+    temperature: float = 1.0,
+    uncertainty: float | None = None,
+) -> Attempt:
+    """An attempt with random tokens below 256 and log-probs between -6 and -0.1."""
+    logprobs = rng.uniform(-6.0, -0.1, length).tolist()
+    return Attempt(
+        segment=segment,
+        attempt=number,
+        start=start,
+        end=start + length,
+        token_ids=rng.integers(0, 256, length).tolist(),
+        logprobs=logprobs,
+        behaviour_logprobs=logprobs,
+        signal=[-value for value in logprobs],
+        temperature=temperature,
+        versions=[VersionSpan(start=0, end=length, version=0)],
+        verdict=verdict,
+        judgement=None if uncertainty is None else judgement(uncertainty),
+    )
+
+
+def trajectory(
+    attempts: Sequence[Attempt], *, reward: float | None, sample: int = 0, prompt_id: str = "p0"
+) -> Trajectory:
+    """A response to `PROMPT_TOKENS`."""
+    return Trajectory(
+        prompt_id=prompt_id,
+        group_id=prompt_id,
+        sample=sample,
+        seed=sample,
+        prompt_token_ids=list(PROMPT_TOKENS),
+        attempts=list(attempts),
+        erasable=True,
+        finish_reason="stop",
+        reward=reward,
+    )
+
+
+def random_trajectory(
+    rng: np.random.Generator,
+    *,
+    sample: int,
+    reward: float,
+    segments: int = 3,
+    prompt_id: str = "p0",
+    temperature: float = 1.0,
+    judged: bool = True,
+) -> Trajectory:
+    """A response of segments of 2 to 7 tokens, about half of them erased once before they were accepted."""
+    attempts, start = [], 0
+    for segment in range(segments):
+        erased = int(rng.random() < 0.5)
+        for number in range(erased + 1):
+            length = int(rng.integers(2, 8))
+            attempts.append(
+                attempt(
+                    rng,
+                    segment,
+                    start,
+                    length,
+                    number=number,
+                    verdict="erased" if number < erased else "accepted",
+                    temperature=temperature,
+                    uncertainty=float(rng.uniform(0.1, 3.0)) if judged else None,
+                )
+            )
+        start = attempts[-1].end
+    return trajectory(attempts, reward=reward, sample=sample, prompt_id=prompt_id)
+
+
+def random_groups(seed: int, groups: int, size: int, *, segments: int = 3) -> list[Group]:
+    """Groups with mixed 0 and 1 rewards and mixed temperatures."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for index in range(groups):
+        name = f"p{index}"
+        members = [
+            random_trajectory(
+                rng,
+                sample=sample,
+                reward=float((sample + index) % 3 == 0),
+                segments=int(rng.integers(1, segments + 1)),
+                prompt_id=name,
+                temperature=1.0 if sample % 2 else 0.7,
+            )
+            for sample in range(size)
+        ]
+        made.append(Group(prompt=Prompt(id=name, text="", token_ids=list(PROMPT_TOKENS)), trajectories=members))
+    return made
+
+
+def recorded_near(policy: Any, groups: Sequence[Group], *, noise: float = 0.2, seed: int = 0) -> list[Group]:
+    """`groups` with the behaviour log-probs that a policy near `policy` would have recorded for their tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def recorded(response: Trajectory) -> Trajectory:
+        attempts, kept = [], list(response.prompt_token_ids)
+        for one in response.attempts:
+            with torch.no_grad():
+                logits = policy(input_ids=torch.tensor([kept + one.token_ids])).logits[0]
+            rows = (logits[len(kept) - 1 : -1] / one.temperature).log_softmax(-1)
+            logprobs = rows.gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
+            noisy = logprobs + noise * torch.randn(logprobs.shape, generator=generator)
+            attempts.append(one.model_copy(update={"behaviour_logprobs": noisy.tolist()}))
+            kept += one.token_ids if one.verdict == "accepted" else []
+        return response.model_copy(update={"attempts": attempts}, deep=True)
+
+    return [group.model_copy(update={"trajectories": [recorded(t) for t in group.trajectories]}) for group in groups]

@@ -1,0 +1,273 @@
+"""The segment monitor against the reference mathematics, on made-up logits and without vLLM."""
+
+import math
+
+import pytest
+import torch
+
+from common.config import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
+from common.threshold import GroupStatistics, History, adaptive_threshold, is_erased, shrunk_moments, updated_prior
+from common.uncertainty import segment_uncertainty, token_signal
+from rollout_server.monitor import Field, Judged, SegmentMonitor, SlotSpec
+
+VOCABULARY = 50
+SENTINELS = (48, 49)
+CPU = torch.device("cpu")
+
+
+def spec(policy: ErasurePolicy, **changes: object) -> SlotSpec:
+    """A fresh response in group 0."""
+    values: dict[str, object] = {
+        "policy": policy,
+        "position": 0,
+        "segment": 0,
+        "attempt": 0,
+        "erased_tokens": 0,
+        "limit": 40,
+        "erased_limit": 40,
+        "temperature": 1.0,
+        "engine_temperature": 1.0,
+        "erasable": True,
+        "history": History(),
+        "delimiters": 0,
+        "stops": 0,
+        "group": 0,
+        "prior": 0,
+    } | changes
+    return SlotSpec(**values)  # type: ignore[arg-type]
+
+
+def monitor_for(policy: ErasurePolicy, slots: int, *, selects_rows: bool = True, **changes: object) -> SegmentMonitor:
+    """A monitor that follows `slots` responses of one group."""
+    monitor = SegmentMonitor(VOCABULARY, CPU, SENTINELS, slots=2)
+    monitor.selects_rows = selects_rows
+    monitor.clear_prior(0)
+    monitor.open_group(0)
+    for slot in range(slots):
+        monitor.open(slot, spec(policy, **changes))
+    return monitor
+
+
+def feed(monitor: SegmentMonitor, logits: torch.Tensor, tokens: torch.Tensor) -> list[tuple[int, Judged]]:
+    """Run `tokens` `[steps, slots]`, sampled from `logits` `[steps, slots, vocabulary]`; what was judged, by step."""
+    slots = torch.arange(tokens.shape[1])
+    judged = []
+    for step in range(len(tokens)):
+        monitor.prepare(slots, logits[step].clone(), None)
+        result = monitor.observe(slots, tokens[step])
+        if result is not None:
+            judged.append((step, result))
+    return judged
+
+
+def rows(judged: Judged) -> list[tuple[int, list[float]]]:
+    """Slot and fields of each row that was judged."""
+    pairs = zip(judged.slots.tolist(), judged.fields.tolist(), strict=True)
+    return [(slot, fields) for slot, fields in pairs if fields[Field.JUDGED]]
+
+
+@pytest.fixture
+def stream() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and sampled tokens of 24 steps of 6 responses."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2.0 * torch.randn(24, 6, VOCABULARY, generator=generator)
+    logits[:, :, list(SENTINELS)] = -20.0
+    probabilities = logits.softmax(-1).view(-1, VOCABULARY)
+    tokens = torch.multinomial(probabilities, 1, generator=generator).view(24, 6)
+    return logits, tokens
+
+
+@pytest.mark.parametrize("selects_rows", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ErasurePolicy(segmentation=FixedSegmentation(length=6), kappa=1.0, eta=0.4, window=4),
+        ErasurePolicy(
+            segmentation=FixedSegmentation(length=5),
+            signal="entropy",
+            kappa=1.0,
+            eta=0.9,
+            window=2,
+            weights=SignalWeights(base=0.3, extreme=1.1, gradient=0.6),
+        ),
+    ],
+    ids=["cross-entropy", "entropy"],
+)
+def test_judgements_equal_the_reference(
+    policy: ErasurePolicy, selects_rows: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    monitor = monitor_for(policy, 6, selects_rows=selects_rows, limit=24, erasable=False)
+    length = policy.segmentation.max_length
+    histories = [History() for _ in range(6)]
+    judged_segments = 0
+    for step, judged in feed(monitor, logits, tokens):
+        found = rows(judged)
+        if not found:
+            continue
+        start = (step // length) * length
+        expected = {
+            slot: segment_uncertainty(
+                token_signal(logits[start : step + 1, slot], tokens[start : step + 1, slot], policy.signal),
+                policy.window,
+                policy.weights,
+            )
+            for slot, _ in found
+        }
+        values = torch.tensor([e.uncertainty for e in expected.values()], dtype=torch.float64)
+        mean, variance = float(values.mean()), float(values.var(correction=0))
+        statistics = GroupStatistics(6.0, mean, variance, 0.0, 0.0, 0.0)
+        for slot, fields in found:
+            assert (fields[Field.START], fields[Field.END]) == (start, step + 1)
+            assert fields[Field.UNCERTAINTY] == pytest.approx(expected[slot].uncertainty, abs=1e-5)
+            assert fields[Field.BASE] == pytest.approx(expected[slot].base, abs=1e-5)
+            assert fields[Field.EXTREME] == pytest.approx(expected[slot].extreme, abs=1e-5)
+            assert fields[Field.GRADIENT] == pytest.approx(expected[slot].gradient, abs=1e-5)
+            threshold = adaptive_threshold(policy, statistics, histories[slot], 0)
+            assert fields[Field.THRESHOLD] == pytest.approx(threshold.threshold, abs=1e-4)
+            moments = shrunk_moments(statistics)
+            past = histories[slot]
+            histories[slot] = History(
+                past.uncertainty + expected[slot].uncertainty, past.mean + moments[0], past.deviation + moments[1]
+            )
+            judged_segments += 1
+    assert judged_segments == 6 * math.ceil(24 / length)
+
+
+@pytest.mark.parametrize("selects_rows", [True, False], ids=["cpu", "gpu-path"])
+def test_per_token_values_are_those_of_the_sampled_tokens(
+    selects_rows: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), kappa=1.0)
+    monitor = monitor_for(
+        policy, 6, selects_rows=selects_rows, limit=24, erasable=False, temperature=0.7, engine_temperature=0.7
+    )
+    own = torch.log_softmax(logits.double(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    behaviour = torch.log_softmax(logits.double() / 0.7, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    seen = 0
+    for _, judged in feed(monitor, logits, tokens):
+        for row, (slot, fields) in enumerate(zip(judged.slots.tolist(), judged.fields.tolist(), strict=True)):
+            if not fields[Field.JUDGED]:
+                continue
+            span = slice(int(fields[Field.START]), int(fields[Field.END]))
+            values = judged.tokens[row, :6].double()
+            torch.testing.assert_close(values[:, 0], own[span, slot], atol=1e-5, rtol=0)
+            torch.testing.assert_close(values[:, 1], behaviour[span, slot], atol=1e-5, rtol=0)
+            torch.testing.assert_close(values[:, 2], -own[span, slot], atol=1e-5, rtol=0)
+            seen += 1
+    assert seen == 24
+
+
+def test_statistics_are_shrunk_to_the_prior_of_earlier_groups(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), kappa=0.5, threshold=None, prior_decay=0.7)
+    monitor = monitor_for(policy, 6, limit=24, erasable=False)
+    prior: tuple[float, float] | None = None
+    for group in range(3):
+        shift = logits * (1.0 + 0.3 * group)
+        monitor.open_group(0)
+        for slot in range(6):
+            monitor.open(slot, spec(policy, limit=24, erasable=False))
+        (_, first), *_ = feed(monitor, shift, tokens)
+        fields = rows(first)[0][1]
+        known = torch.tensor([f[Field.UNCERTAINTY] for _, f in rows(first)], dtype=torch.float64)
+        assert fields[Field.PRIOR_STRENGTH] == (0.0 if prior is None else policy.prior_strength)
+        if prior is not None:
+            assert fields[Field.PRIOR_MEAN] == pytest.approx(prior[0], abs=1e-9)
+            assert fields[Field.PRIOR_VARIANCE] == pytest.approx(prior[1], abs=1e-9)
+        monitor.close_group(0, 0, policy.prior_decay)
+        prior = updated_prior(prior, (float(known.mean()), float(known.var(correction=0))), policy.prior_decay)
+
+
+@pytest.mark.parametrize("selects_rows", [True, False], ids=["cpu", "gpu-path"])
+def test_an_erased_segment_forces_the_erase_sentinel_and_the_end_the_other(
+    selects_rows: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), threshold=0.0, max_erasures=1)
+    monitor = monitor_for(policy, 1, selects_rows=selects_rows, limit=6)
+    slot = torch.tensor([0])
+    for attempt, sentinel in ((0, SENTINELS[0]), (1, SENTINELS[1])):
+        monitor.open(0, spec(policy, limit=6, attempt=attempt, erased_tokens=6 * attempt))
+        feed(monitor, logits[:6, :1], tokens[:6, :1])
+        after = logits[6, :1].clone()
+        monitor.prepare(slot, after, None)
+        assert after.argmax().item() == sentinel
+        assert after.isfinite().sum() == 1
+        # The sentinel stays forced: a row in the middle of a prefill samples nothing yet.
+        again = logits[7, :1].clone()
+        monitor.prepare(slot, again, None)
+        assert again.argmax().item() == sentinel
+
+
+def test_sentinels_are_masked_in_followed_rows_only(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, _ = stream
+    monitor = monitor_for(ErasurePolicy(), 2)
+    batch = logits[0, :4].clone()
+    monitor.prepare(torch.tensor([0, 1]), batch, torch.tensor([3, 1]))
+    ordinary = [v for v in range(VOCABULARY) if v not in SENTINELS]
+    torch.testing.assert_close(batch[:, ordinary], logits[0, :4, ordinary])
+    assert (batch[[1, 3]][:, list(SENTINELS)] == -math.inf).all()
+    torch.testing.assert_close(batch[[0, 2]], logits[0, [0, 2]])
+
+
+def test_delimiters_end_segments_between_their_bounds() -> None:
+    policy = ErasurePolicy(
+        segmentation=DelimiterSegmentation(delimiter="x", min_length=3, max_length=5), threshold=math.inf
+    )
+    monitor = monitor_for(policy, 1)
+    monitor.open(0, spec(policy, delimiters=monitor.add_token_table(torch.tensor([7]))))
+    tokens = torch.tensor([[7, 1, 7, 1, 1, 1, 1, 1, 1, 1, 1, 7, 7]]).T
+    spans = [
+        (int(fields[Field.START]), int(fields[Field.END]))
+        for _, judged in feed(monitor, torch.zeros(13, 1, VOCABULARY), tokens)
+        for _, fields in rows(judged)
+    ]
+    # min_length keeps the first delimiter from ending a segment, max_length ends two, then a delimiter after four.
+    assert spans == [(0, 3), (3, 8), (8, 12)]
+
+
+def test_a_stop_token_or_the_limit_ends_the_response() -> None:
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=100), threshold=math.inf)
+    monitor = monitor_for(policy, 2)
+    stops = monitor.add_token_table(torch.tensor([9]))
+    for slot in (0, 1):
+        monitor.open(slot, spec(policy, limit=4, stops=stops))
+    tokens = torch.tensor([[1, 1], [9, 1]])
+    (step, stopped), *more = feed(monitor, torch.zeros(2, 2, VOCABULARY), tokens)
+    assert (step, stopped.slots.tolist(), more) == (1, [0], [])
+    slot = torch.tensor([1])
+    for judged_expected in (False, True):
+        monitor.prepare(slot, torch.zeros(1, VOCABULARY), None)
+        judged = monitor.observe(slot, torch.tensor([1]))
+        assert (judged is not None) == judged_expected
+    assert judged.fields[0, Field.FINAL] == 1.0
+    assert judged.fields[0, Field.END] == 4
+
+
+def test_capacity_grows_without_losing_state(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), kappa=1.0)
+    grown, steady = monitor_for(policy, 6, limit=24, erasable=False), monitor_for(policy, 6, limit=24, erasable=False)
+    half = [feed(m, logits[:3], tokens[:3]) for m in (grown, steady)]
+    assert half == [[], []]
+    longer = policy.model_copy(update={"segmentation": FixedSegmentation(length=30), "window": 40})
+    grown.open_group(20)
+    grown.open(100, spec(longer, limit=400, group=20))
+    judged = [feed(m, logits[3:6], tokens[3:6])[0][1].fields for m in (grown, steady)]
+    torch.testing.assert_close(judged[0], judged[1], rtol=0, atol=0)
+
+
+def test_the_verdict_equals_the_reference_at_every_limit(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), kappa=0.0, gamma=0.3, max_erasures=2)
+    for attempt in range(4):
+        for erased_tokens in (0, 6, 12):
+            monitor = monitor_for(policy, 6, limit=24, attempt=attempt, erased_tokens=erased_tokens, erased_limit=16)
+            (_, judged), *_ = feed(monitor, logits[:6], tokens[:6])
+            for _, fields in rows(judged):
+                statistics = GroupStatistics(*fields[Field.COUNT : Field.PRIOR_VARIANCE + 1])
+                threshold = adaptive_threshold(policy, statistics, History(), attempt).threshold
+                expected = is_erased(policy, fields[Field.UNCERTAINTY], threshold, attempt, erased_tokens, 6, 16)
+                assert bool(fields[Field.ERASED]) == expected

@@ -1,0 +1,49 @@
+"""Records between the monitor's process and the engine's, over a real socket."""
+
+import asyncio
+import math
+
+import torch
+
+from rollout_server.monitor import Field, Judged
+from rollout_server.records import Inbox, JudgementRecord, Outbox
+
+
+def judged(rows: list[dict[Field, float]], longest: int) -> Judged:
+    """Judgements with the given fields, the others 0, and per-token values that name row and place."""
+    fields = torch.zeros(len(rows), len(Field), dtype=torch.float64)
+    for row, values in enumerate(rows):
+        for field, value in values.items():
+            fields[row, field] = value
+    tokens = torch.arange(len(rows) * longest * 3, dtype=torch.float32).view(len(rows), longest, 3)
+    return Judged(torch.arange(len(rows)), fields, tokens)
+
+
+async def test_what_is_judged_arrives_in_order_and_whole() -> None:
+    inbox = Inbox()
+    outbox = Outbox(inbox.address, threaded=False)
+    arrived: list[JudgementRecord] = []
+    receiver = asyncio.create_task(inbox.receive(arrived.append))
+    first = judged(
+        [
+            {Field.JUDGED: 1, Field.START: 4, Field.END: 6, Field.ERASED: 1, Field.THRESHOLD: math.inf},
+            {Field.JUDGED: 0, Field.END: 9},
+            {Field.JUDGED: 1, Field.END: 3, Field.FINAL: 1},
+        ],
+        longest=3,
+    )
+    outbox.put([(7, 1), (8, 1), (9, 2)], 5, first)
+    outbox.put([(10, 3)], 6, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
+    async with asyncio.timeout(10.0):
+        while len(arrived) < 3:
+            await asyncio.sleep(0.001)
+    receiver.cancel()
+    outbox.close()
+    inbox.close()
+    assert [(r.uid, r.opened, r.step) for r in arrived] == [(7, 1, 5), (9, 2, 5), (10, 3, 6)]
+    assert [(r.erased, r.final) for r in arrived] == [(True, False), (False, True), (False, False)]
+    assert arrived[0].field(Field.THRESHOLD) == math.inf
+    assert arrived[0].per_token.tolist() == first.tokens[0, :2].tolist()
+    assert arrived[1].per_token.tolist() == first.tokens[2].tolist()
+    # Erased and final ones end their requests, the last judgement does not.
+    assert list(outbox.ended) == [(7, False), (9, True)]

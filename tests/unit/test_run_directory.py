@@ -1,0 +1,254 @@
+"""A run's directory: never shared, never overwritten, never half-written, not even on a full disk."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import RunConfig, build_config, load_config
+from learner.driver_state import DriverState, newest_state, save_state
+from learner.errors import DiskFullError, InputError, PartError
+from learner.run_directory import (
+    RunDirectory,
+    append_line,
+    check_unused,
+    read_jsonl,
+    replacing,
+    require_space,
+    write_dry_run,
+    write_text,
+)
+from learner.trajectory_files import read_trajectories, write_trajectories
+from tests.trajectories import random_groups
+
+
+def config(tmp_path: Path, **changes: Any) -> RunConfig:
+    return build_config(
+        {
+            "name": "run",
+            "runs_directory": str(tmp_path / "runs"),
+            "steps": 4,
+            "model": {"path": "model", "max_length": 256},
+            "rollout": {
+                "max_prompt_tokens": 64,
+                "max_response_tokens": 64,
+                "erasure": {"segmentation": {"mode": "fixed", "length": 8}},
+            },
+        }
+        | changes
+    )
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses to write past `size` bytes of any file, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, where mounting one is allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def add_checkpoint(directory: RunDirectory, step: int) -> None:
+    directory.checkpoint(step).mkdir()
+    save_state(directory.checkpoint(step), DriverState(step=step, generated_tokens=100 * step))
+
+
+def test_a_new_run_stores_its_configuration_and_its_places(tmp_path: Path):
+    given = config(tmp_path)
+    directory = RunDirectory.create(given)
+    assert load_config(directory.path / "config.yaml") == given
+    for place in (directory.log, directory.checkpoints, directory.trajectories, directory.plots):
+        assert place.is_dir()
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    append_line(directory.metrics, '{"step": 1}')
+    directory.close()
+    with pytest.raises(InputError, match=r"already holds a run.*--resume.*--name"):
+        RunDirectory.create(config(tmp_path, steps=9))
+    assert read_jsonl(directory.metrics) == [{"step": 1}]
+    assert load_config(directory.path / "config.yaml").steps == 4
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run").write_text("mine")
+    with pytest.raises(InputError, match="is no directory"):
+        check_unused(config(tmp_path))
+
+
+def test_what_a_dry_run_leaves_does_not_count_as_a_run(tmp_path: Path):
+    given = config(tmp_path)
+    assert write_dry_run(given) == tmp_path / "runs" / "run" / "config.yaml"
+    RunDirectory.create(given).close()
+    assert write_dry_run(given) is None
+
+
+def test_a_second_process_can_not_use_the_directory(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    code = (
+        "from filelock import FileLock, Timeout\n"
+        "import sys\n"
+        "try:\n    FileLock(sys.argv[1]).acquire(timeout=0)\n"
+        "except Timeout:\n    sys.exit(7)\n"
+    )
+    taken = subprocess.run([sys.executable, "-c", code, str(directory.path / ".lock")], check=False)
+    assert taken.returncode == 7
+    with pytest.raises(InputError, match="another process is using"):
+        RunDirectory.resume(config(tmp_path))
+    directory.close()
+    RunDirectory.resume(config(tmp_path)).close()
+
+
+def test_resuming_nothing_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="holds no run to resume"):
+        RunDirectory.resume(config(tmp_path))
+
+
+def test_resuming_with_another_configuration_lists_the_differences(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    append_line(directory.metrics, '{"step": 1}')
+    directory.close()
+    changed = config(tmp_path, seed=5, steps=9, evaluation={"problems": 3}, checkpoint={"every_steps": 1})
+    with pytest.raises(InputError) as caught:
+        RunDirectory.resume(changed)
+    assert "seed: 0 in the run, 5 now" in str(caught.value)
+    assert "steps: " not in str(caught.value)
+    assert "problems" not in str(caught.value)
+    RunDirectory.resume(changed.model_copy(update={"seed": 0})).close()
+    assert load_config(directory.path / "config.yaml").steps == 9
+
+
+def test_a_run_that_has_measured_nothing_may_be_resumed_with_other_settings(tmp_path: Path):
+    RunDirectory.create(config(tmp_path)).close()
+    RunDirectory.resume(config(tmp_path, seed=5)).close()
+    assert load_config(tmp_path / "runs" / "run" / "config.yaml").seed == 5
+
+
+def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    for step in (8, 9, 10):
+        add_checkpoint(directory, step)
+    directory.checkpoint(11).mkdir()
+    (directory.checkpoints / "step_12.partial").mkdir()
+    assert directory.checkpoint_steps() == [8, 9, 10]
+    assert newest_state(directory, seed=0).step == 10
+    directory.keep_newest_checkpoints(2)
+    assert directory.checkpoint_steps() == [9, 10]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    add_checkpoint(directory, 3)
+    (directory.checkpoint(3) / "driver.json").write_text("{")
+    with pytest.raises(InputError, match=r"step_3/driver\.json can't be read"):
+        newest_state(directory, seed=0)
+
+
+def test_going_back_to_a_checkpoint_forgets_what_came_after(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    for step in range(1, 6):
+        append_line(directory.metrics, json.dumps({"step": step}))
+        (directory.trajectories / f"step_{step}.parquet").write_text("x")
+    append_line(directory.evaluations, '{"step": 0}')
+    append_line(directory.evaluations, '{"step": 5}')
+    write_text(directory.report, "{}")
+    directory.truncate(3)
+    assert [line["step"] for line in read_jsonl(directory.metrics)] == [1, 2, 3]
+    assert read_jsonl(directory.evaluations) == [{"step": 0}]
+    assert sorted(p.name for p in directory.trajectories.iterdir()) == [f"step_{n}.parquet" for n in (1, 2, 3)]
+    assert not directory.report.exists()
+
+
+def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "rew')
+    assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_new_one(tmp_path: Path):
+    path = tmp_path / "report.json"
+    write_text(path, "old")
+
+    def write_half() -> None:
+        with replacing(path) as partial:
+            partial.write_text("new")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path: Path):
+    metrics, report = tmp_path / "metrics.jsonl", tmp_path / "report.json"
+    append_line(metrics, json.dumps({"step": 1}))
+    write_text(report, "old")
+    with files_of_at_most(64):
+        with pytest.raises(DiskFullError, match=r"the disk is full: cannot write .*metrics\.jsonl.*--resume"):
+            append_line(metrics, json.dumps({"step": 2, "text": "x" * 200}))
+        with pytest.raises(DiskFullError):
+            write_text(report, "x" * 200)
+    assert read_jsonl(metrics) == [{"step": 1}]
+    assert metrics.read_text().endswith("}\n")
+    assert report.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.json"]
+    append_line(metrics, json.dumps({"step": 2}))
+    assert [line["step"] for line in read_jsonl(metrics)] == [1, 2]
+
+
+def test_a_disk_that_really_is_full_loses_nothing(small_disk: Path):
+    metrics, trajectories = small_disk / "metrics.jsonl", small_disk / "step_1.parquet"
+    written = 0
+
+    def fill() -> None:
+        nonlocal written
+        while True:
+            append_line(metrics, json.dumps({"step": written, "text": "x" * 4000}))
+            written += 1
+
+    with pytest.raises(DiskFullError):
+        fill()
+    assert [line["step"] for line in read_jsonl(metrics)] == list(range(written))
+    with pytest.raises(PartError, match="the disk is full"):
+        write_trajectories(trajectories, 1, random_groups(0, 8, 8))
+    assert not list(small_disk.glob("step_1*"))
+
+
+def test_what_will_not_fit_is_refused_with_the_arithmetic(small_disk: Path):
+    require_space(small_disk / "step_1", 10_000)
+    with pytest.raises(DiskFullError, match=r"step_1 \(it needs about 100,000 bytes, 65,536 are free\)"):
+        require_space(small_disk / "step_1", 100_000)
+
+
+def test_trajectories_come_back_as_they_were_written(tmp_path: Path):
+    groups = random_groups(seed=3, groups=3, size=4)
+    path = tmp_path / "step_7.parquet"
+    write_trajectories(path, 7, groups)
+    assert read_trajectories(path) == [t for group in groups for t in group.trajectories]

@@ -1,0 +1,40 @@
+"""Reward functions as users write them, good and bad, for tests of the loader and its time limit."""
+
+import time
+
+not_callable = 3.0
+
+
+def length(prompt: str, response: str, answer: str) -> float:
+    return len(response) / 10.0
+
+
+def equal(prompt: str, response: str, answer: str) -> bool:
+    return response == answer
+
+
+def text(prompt: str, response: str, answer: str) -> str:
+    return "good"
+
+
+def infinite(prompt: str, response: str, answer: str) -> float:
+    return float("nan")
+
+
+def raises(prompt: str, response: str, answer: str) -> float:
+    raise KeyError(f"no {response}")
+
+
+def hangs_on_request(prompt: str, response: str, answer: str) -> float:
+    while response == "hang":
+        time.sleep(60.0)
+    return 1.0
+
+
+def exits(prompt: str, response: str, answer: str) -> float:
+    raise SystemExit(3)
+
+
+def even_bytes(prompt: str, response: str, answer: str) -> float:
+    """1 for about half of all texts, whatever a model writes."""
+    return float(sum(response.encode()) % 2 == 0)
