@@ -279,6 +279,8 @@ def prepare_environment(engine: EngineConfig) -> None:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # oneDNN keeps what it compiles for each batch size, 0.1 MiB and more a piece; by default 1,024 of them.
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
         }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

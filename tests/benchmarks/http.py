@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 
 from tests.benchmarks.report import Finding
+from tests.http_load import session
 from tests.http_server import ROOT, START_SECONDS, environment, running_server
 from tests.models import tiny_qwen3
 
@@ -35,21 +37,18 @@ async def drive(url: str, model: str, extra: dict[str, Any], streams: bool, voca
     waiting = iter(range(REQUESTS))
     body = {"model": model, "max_tokens": TOKENS, "ignore_eos": True, "stream": streams, **extra}
 
-    async def one(client: httpx.AsyncClient) -> None:
+    async def one(client: aiohttp.ClientSession) -> None:
         for number in waiting:
             prompt = [(number * 7 + place) % vocabulary for place in range(32)]
             started = time.perf_counter()
-            async with client.stream(
-                "POST", "/v1/completions", json={**body, "prompt": prompt, "seed": number}
-            ) as answer:
-                assert answer.status_code == 200, await answer.aread()
+            async with client.post("/v1/completions", json={**body, "prompt": prompt, "seed": number}) as answer:
+                assert answer.status == 200, await answer.text()
                 seconds = None
-                async for _ in answer.aiter_raw():
+                async for _ in answer.content.iter_any():
                     seconds = seconds or time.perf_counter() - started
                 first.append(seconds or 0.0)
 
-    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
-    async with httpx.AsyncClient(base_url=url, timeout=300.0, limits=limits) as client:
+    async with session(url, CLIENTS) as client:
         started = time.perf_counter()
         await asyncio.gather(*(one(client) for _ in range(CLIENTS)))
         seconds = time.perf_counter() - started

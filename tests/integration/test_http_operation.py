@@ -1,7 +1,6 @@
 """Running a server: load, disconnects, weights, pause, the OpenAPI schema, shutdown, and starts that must fail."""
 
 import asyncio
-import random
 import socket
 import subprocess
 import sys
@@ -15,49 +14,11 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.http_load import load
 from tests.http_server import ROOT, ServerProcess, environment, running_server
 
 LOAD_SECONDS = 20.0
 CLIENTS = 256
-ERASURE = {"segmentation": {"mode": "fixed", "length": 8}, "threshold": 0, "max_erasures": 1}
-
-
-async def load(url: str, model: str, clients: int, seconds: float, leaving: float = 0.1) -> dict[str, int]:
-    """Streaming clients that ask again and again; a share of their requests is left half-way. Counts of outcomes."""
-    outcomes: dict[str, int] = {}
-    deadline = time.monotonic() + seconds
-
-    async def one(client: httpx.AsyncClient, number: int) -> None:
-        draw = random.Random(number)
-        while time.monotonic() < deadline:
-            body = {
-                "model": model,
-                "prompt": f"client {number}",
-                "max_tokens": draw.randint(1, 24),
-                "ignore_eos": True,
-                "stream": True,
-                "erasure": {**ERASURE, "stream": draw.choice(("commit", "live"))},
-            }
-            leaves = draw.random() < leaving
-            outcome = await _ask(client, body, draw.random() * 0.5 if leaves else None)
-            outcomes[outcome] = outcomes.get(outcome, 0) + 1
-
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client:
-        await asyncio.gather(*(one(client, number) for number in range(clients)))
-    return outcomes
-
-
-async def _ask(client: httpx.AsyncClient, body: dict[str, Any], leave_after: float | None) -> str:
-    try:
-        async with asyncio.timeout(leave_after), client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                await answer.aread()
-                return str(answer.status_code)
-            text = "".join([part async for part in answer.aiter_text()])
-    except TimeoutError:
-        return "left"
-    return "complete" if text.endswith("data: [DONE]\n\n") and '"error"' not in text else "broken"
 
 
 async def test_load_with_disconnects_leaks_nothing(server: ServerProcess) -> None:
