@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm import SamplingParams, TokensPrompt
+from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -232,7 +233,7 @@ class ErasableEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
         )
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids)
+        prompt = tokens_input(request.prompt_token_ids)
         token_ids: list[int] = []
         output = None
         async for output in self._llm.generate(prompt, params, f"plain-{next(self._plain_ids)}"):

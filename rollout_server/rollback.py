@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vllm import RequestOutput, SamplingParams, TokensPrompt
+from vllm import RequestOutput, SamplingParams
+from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -21,7 +22,7 @@ from common.threshold import GroupStatistics, History
 from common.trajectory import Attempt, FinishReason, Judgement, ResponseRequest, Trajectory, VersionSpan
 from rollout_server.monitor import Field
 from rollout_server.records import JudgementRecord
-from rollout_server.submission import Submission
+from rollout_server.submission import Submission, policy_json
 
 RECORD_SECONDS = 60.0
 SENTINEL_TOKENS = 1
@@ -69,6 +70,8 @@ class _Mailbox:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def take(self, uid: int) -> JudgementRecord:
+        if self.records:
+            return self.records.popleft()
         try:
             async with asyncio.timeout(RECORD_SECONDS):
                 while not self.records:
@@ -203,7 +206,7 @@ class ResubmitRollback:
             uid=uid,
             group=request.group_id,
             group_size=request.group_size,
-            policy=policy.model_dump_json(),
+            policy=policy_json(policy),
             erasable=request.erasable,
             position=len(progress.committed),
             segment=progress.segment,
@@ -233,7 +236,8 @@ class ResubmitRollback:
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
             extra_args=submission.extra_args(),
         )
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids + progress.committed)
+        # In this form vLLM takes token ids as they are; as a prompt they would go through its pool of threads.
+        prompt = tokens_input(request.prompt_token_ids + progress.committed)
         return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if retried else 0)
 
     def _take(

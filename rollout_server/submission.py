@@ -15,7 +15,8 @@ class Submission(msgspec.Struct, frozen=True):
     """One vLLM request of a response: the whole response, or its rest after an erasure.
 
     It holds all that the monitor must know, so that a response can be resumed on any replica. `uid` is unique in an
-    engine. `policy`: JSON of an `ErasurePolicy`. `stop_token_ids`: tokens that end the response.
+    engine. `policy`: JSON of an `ErasurePolicy`. `stop_token_ids`: tokens that end the response. It travels as one
+    string, because vLLM makes deep copies of what is in `extra_args`.
     """
 
     uid: int
@@ -36,14 +37,14 @@ class Submission(msgspec.Struct, frozen=True):
 
     def extra_args(self) -> dict[str, Any]:
         """For `SamplingParams.extra_args`."""
-        return {EXTRA_ARG: msgspec.to_builtins(self)}
+        return {EXTRA_ARG: _ENCODER.encode(self).decode()}
 
     @staticmethod
     def find(extra_args: dict[str, Any] | None) -> "Submission | None":
         """The submission in `extra_args`; None for a request that is not monitored."""
         if not extra_args or EXTRA_ARG not in extra_args:
             return None
-        return msgspec.convert(extra_args[EXTRA_ARG], Submission)
+        return _DECODER.decode(extra_args[EXTRA_ARG])
 
     @property
     def parsed_policy(self) -> ErasurePolicy:
@@ -52,6 +53,16 @@ class Submission(msgspec.Struct, frozen=True):
     @property
     def parsed_history(self) -> History:
         return History(*self.history)
+
+
+_ENCODER = msgspec.json.Encoder()
+_DECODER = msgspec.json.Decoder(Submission)
+
+
+@lru_cache(maxsize=1024)
+def policy_json(policy: ErasurePolicy) -> str:
+    """JSON of a policy, for `Submission.policy`."""
+    return policy.model_dump_json()
 
 
 @lru_cache(maxsize=1024)

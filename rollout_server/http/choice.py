@@ -162,7 +162,9 @@ class Choice:
             self._erase(segment)
             return
         del self._pending[: len(top)]
-        entries = _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
+        entries = []
+        if self.options.top_logprobs is not None:
+            entries = _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
         if self._raw is not None:
             segment.text, _ = self._raw.feed(segment.token_ids)
         self._commit(segment.token_ids, entries, segment)

@@ -1,6 +1,7 @@
 """The server process: start the replicas, then both listeners; stop them in good order."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -125,6 +126,9 @@ async def serve(settings: ServerSettings) -> None:
         for task in running:
             if task.done():
                 task.result()
+        # What exists by now stays: the garbage collector need not look at it again while requests are served.
+        gc.collect()
+        gc.freeze()
         print(banner(settings, service, address(public), address(admin), time.monotonic() - started), flush=True)
         await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping: %d requests are under way", len(service.under_way))
