@@ -14,6 +14,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
 from rollout_server.monitor import SegmentMonitor, SlotSpec
+from rollout_server.orphans import end_with_parent
 from rollout_server.records import Outbox
 from rollout_server.submission import Submission
 
@@ -92,6 +93,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._free_group_rows: list[int] = []
         self._priors: OrderedDict[str, int] = OrderedDict()
         self._token_tables: dict[str | tuple[int, ...], int] = {"": 0, (): 0}
+        end_with_parent()
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -164,6 +164,16 @@ def test_keys_limits_and_sigterm(http_model: Path, tmp_path: Path) -> None:
         assert key not in server.log.read_text()
 
 
+def test_a_killed_server_leaves_no_engine_behind(http_model: Path, tmp_path: Path) -> None:
+    with running_server(http_model, tmp_path) as server:
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert any("EngineCore" in process.name() for process in family)
+        server.process.kill()
+        gone, alive = psutil.wait_procs(family, timeout=15.0)
+        assert alive == []
+        assert len(gone) == len(family)
+
+
 def _is_dropped(raw: socket.socket) -> bool:
     """Whether the server ends a connection whose header never ends."""
     for _ in range(1000):
