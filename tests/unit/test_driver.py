@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,6 +21,7 @@ from learner.driver import Driver, Parts, Problems
 from learner.driver_state import RunRecord, newest_state
 from learner.errors import Interrupted, PartError
 from learner.generation import generate_groups, generation_seconds
+from learner.group import LearnerGroup
 from learner.rewards import ChainRewards
 from learner.run_directory import RunDirectory, read_jsonl
 from learner.trajectory_files import read_trajectories
@@ -67,7 +68,8 @@ class Run:
         stream = PromptStream(sets["train"], settings.seed, settings.rollout.groups_per_step)
         self.record = RunRecord(self.directory, state.step + 1)
         display = Display(sys.stdout)
-        parts = Parts(rollouts, learner, ChainRewards())  # type: ignore[arg-type]
+        # The driver calls nothing of a LearnerGroup that a FakeLearner does not have.
+        parts = Parts(rollouts, cast(LearnerGroup, learner), ChainRewards())
         problems = Problems(stream, sets["test"], TOKENIZER)
         self.driver = Driver(settings, self.directory, state, parts, problems, self.record, display)
 

@@ -90,8 +90,9 @@ async def test_chat_streams_begin_with_the_role() -> None:
     assert texts(chunks, 1) == ["Ünd right."]
     completion = ChatCompletion.model_validate_json(whole.text)
     assert completion.choices[0].message.content == "Ünd right."
-    entry = completion.choices[0].logprobs.content[0]  # type: ignore[union-attr]
-    assert [top.logprob for top in entry.top_logprobs] == [-0.5, -1.0]
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None
+    assert [top.logprob for top in logprobs.content[0].top_logprobs] == [-0.5, -1.0]
 
 
 @pytest.mark.parametrize(("stop", "text"), [("wro", "Ünd right."), ("d ri", "Ün"), (["t.", "gh"], "Ünd ri")])
@@ -462,4 +463,6 @@ async def test_a_span_for_the_request_and_one_for_each_attempt() -> None:
     assert f"{request.context.trace_id:032x}" == parent.split("-")[1]
     assert [(s.attributes or {})["e3rl.verdict"] for s in attempts] == [verdict for verdict, _ in ERASING]
     assert all(span.parent is not None and span.parent.span_id == request.context.span_id for span in attempts)
-    assert all(request.start_time <= span.start_time <= span.end_time <= request.end_time for span in attempts)  # type: ignore[operator]
+    for span in attempts:
+        times = [request.start_time, span.start_time, span.end_time, request.end_time]
+        assert times == sorted(time for time in times if time is not None)
