@@ -25,7 +25,7 @@ from learner.interrupt import StopRequest
 from learner.rewards import Rewards
 from learner.run_directory import RunDirectory, replacing, require_space
 from learner.step_checks import Decoder, count_steps
-from learner.step_metrics import REWARD_TIMEOUTS, rollout_metrics
+from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
 from learner.treatment import TreatedShare, first_treated_sample, plain_outcome, training_requests
 
@@ -171,7 +171,7 @@ class Driver:
         with part("rollout", step):
             rollouts_state = await self._rollouts.state()
         self._learner_step = None
-        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step, REWARD_TIMEOUTS: timeouts}
+        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step, names.REWARD_TIMEOUTS: timeouts}
         # Recorded while the learner works: it takes the driver's time, not the step's.
         recording = asyncio.create_task(asyncio.to_thread(self._record_rollout, step, groups, first_treated))
         try:

@@ -17,7 +17,7 @@ from common.config.run import RunConfig
 from common.trajectory import Group
 from common.weights import WeightUpdate
 from learner.batching import RankBatch, rank_batches, split_minibatches, token_counts
-from learner.objectives import RATIO_MAX, RATIO_MIN, ObjectiveStatistics
+from learner.objectives import ObjectiveStatistics
 from learner.policy import PolicyError
 from learner.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, Placement
 from learner.weight_file import WrittenWeights, file_prefix, remove_weight_files
@@ -293,8 +293,8 @@ def _step_metrics(
         metrics.GRADIENT_NORM: sum(parts[0].gradient_norm for parts in by_minibatch) / len(by_minibatch),
         metrics.LEARNING_RATE: by_minibatch[-1][0].learning_rate,
         metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
-        RATIO_MIN: whole.ratio_min,
-        RATIO_MAX: whole.ratio_max,
+        metrics.RATIO_MIN: whole.ratio_min,
+        metrics.RATIO_MAX: whole.ratio_max,
         metrics.LOGPROB_GAP_MEAN: first.gap_sum / max(first.tokens, 1),
         metrics.LOGPROB_GAP_MAX: first.gap_max,
         metrics.PADDING_SHARE: 1.0 - real / padded,

@@ -12,7 +12,6 @@ from rich.table import Table
 from common import metrics as names
 from learner.evaluation import MODES, Evaluation
 from learner.run_directory import write_text
-from learner.step_metrics import ERASURES
 
 _SECONDS = {
     "rollout": names.ROLLOUT_SECONDS,
@@ -52,7 +51,7 @@ def build_report(
         "steps": len(metrics),
         "generated_tokens": int(generated),
         "erased_tokens": int(erased),
-        "erasures": int(_total(metrics, ERASURES)),
+        "erasures": int(_total(metrics, names.ERASURES)),
         "seconds": seconds | {"evaluation": sum(e.seconds for e in evaluations)} | dict(process),
         "working_share": working / seconds["steps"] if seconds["steps"] else None,
         "peak_memory_gib": process.get("peak_memory_gib"),

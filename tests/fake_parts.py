@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import metrics as names
 from common.config.run import RunConfig
 from common.seeds import attempt_seed
 from common.trajectory import Attempt, Group, ResponseRequest, Trajectory, Verdict, VersionSpan
@@ -137,7 +138,7 @@ class FakeLearner:
         self.on_train(step)
         text = self.weight + "".join(group.model_dump_json() for group in groups)
         self.weight = hashlib.sha256(text.encode()).hexdigest()
-        return {"learner/loss": int(self.weight[:8], 16) / 2**32, "learner/tokens": 10.0}
+        return {names.LOSS: int(self.weight[:8], 16) / 2**32, names.LEARNER_TOKENS: 10.0}
 
     async def export_weights(self, version: int) -> WeightUpdate:
         update = WeightUpdate(version=version, backend="host", path="/none", checksum=self.weight, tensors=1, bytes=8)

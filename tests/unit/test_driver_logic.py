@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from common import metrics as names
 from common.config import RunConfig, build_config
 from common.config.data import ShareAdaptive, ShareFixed
 from common.seeds import derive_seed
@@ -130,17 +131,17 @@ def test_rollout_metrics_equal_a_count_by_hand():
     attempts = [a for t in responses for a in t.attempts]
     erased = [a for a in attempts if a.verdict == "erased"]
     values = rollout_metrics(groups, 2, None)
-    assert values["rollout/generated_tokens"] == sum(len(a.token_ids) for a in attempts)
-    assert values["rollout/erased_tokens"] == sum(len(a.token_ids) for a in erased)
-    assert values["rollout/erasures"] == len(erased)
-    assert values["rollout/erase_rate"] == pytest.approx(len(erased) / len(attempts))
-    assert values["rollout/signal_share"] == 1.0
-    assert values["rollout/treated_share"] == 0.5
-    assert values["reward/mean"] == pytest.approx(sum(t.reward or 0 for t in responses) / 8)
+    assert values[names.GENERATED_TOKENS] == sum(len(a.token_ids) for a in attempts)
+    assert values[names.ERASED_TOKENS] == sum(len(a.token_ids) for a in erased)
+    assert values[names.ERASURES] == len(erased)
+    assert values[names.ERASE_RATE] == pytest.approx(len(erased) / len(attempts))
+    assert values[names.SIGNAL_SHARE] == 1.0
+    assert values[names.TREATED_SHARE] == 0.5
+    assert values[names.REWARD_MEAN] == pytest.approx(sum(t.reward or 0 for t in responses) / 8)
     treated = [t.reward or 0 for t in responses if t.sample >= 2]
-    assert values["reward/treated"] == pytest.approx(sum(treated) / len(treated))
-    assert values["rollout/threshold_mean"] is None
-    assert values["rollout/cascade_rate"] is None
+    assert values[names.REWARD_TREATED] == pytest.approx(sum(treated) / len(treated))
+    assert values[names.THRESHOLD_MEAN] is None
+    assert values[names.CASCADE_RATE] is None
 
 
 def response(lines: list[tuple[int, str, Verdict]], *, erasable: bool = True) -> Trajectory:

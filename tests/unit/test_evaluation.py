@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from common import metrics as names
 from common.config import build_config
 from common.trajectory import Group, Prompt
 from learner.evaluation import Evaluation, evaluate_groups, evaluation_requests, pass_at_k
@@ -90,18 +91,18 @@ def evaluations() -> list[Evaluation]:
 METRICS = [
     {
         "step": step,
-        "rollout/generated_tokens": 100,
-        "rollout/erased_tokens": 10,
-        "rollout/erasures": 2,
-        "rollout/erase_rate": 0.1,
-        "rollout/uncertainty_mean": 0.4,
-        "rollout/threshold_mean": None,
-        "reward/mean": 0.5,
-        "time/rollout_seconds": 3.0,
-        "time/train_seconds": 1.0,
-        "sync/seconds": 0.5,
-        "time/other_seconds": 0.5,
-        "time/step_seconds": 5.0,
+        names.GENERATED_TOKENS: 100,
+        names.ERASED_TOKENS: 10,
+        names.ERASURES: 2,
+        names.ERASE_RATE: 0.1,
+        names.UNCERTAINTY_MEAN: 0.4,
+        names.THRESHOLD_MEAN: None,
+        names.REWARD_MEAN: 0.5,
+        names.ROLLOUT_SECONDS: 3.0,
+        names.TRAIN_SECONDS: 1.0,
+        names.SYNC_SECONDS: 0.5,
+        names.OTHER_SECONDS: 0.5,
+        names.STEP_SECONDS: 5.0,
     }
     for step in range(1, 5)
 ]
