@@ -7,8 +7,7 @@ from typing import Any
 import httpx
 import torch
 
-from common.threshold import GroupStatistics, History
-from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
+from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
 from common.weights import WeightUpdate
 from rollout_server.http.admin import WeightLoader, admin_app
 from rollout_server.http.app import public_app
@@ -20,27 +19,23 @@ from rollout_server.monitor import Field
 from rollout_server.records import JudgementRecord
 from tests.http_server import events
 from tests.models import byte_tokenizer
+from tests.trajectories import attempt_of
 
 EOS = 256
-ERASING = [("accepted", "Ünd "), ("erased", "€wro"), ("erased", "ng😀"), ("accepted", "right"), ("accepted", ".")]
+ERASING: list[tuple[Verdict, str]] = [
+    ("accepted", "Ünd "),
+    ("erased", "€wro"),
+    ("erased", "ng😀"),
+    ("accepted", "right"),
+    ("accepted", "."),
+]
 """A script in which the second segment is erased twice; characters of one to four bytes."""
-Script = Callable[[ResponseRequest], list[tuple[str, str]]]
+Script = Callable[[ResponseRequest], list[tuple[Verdict, str]]]
 """What a response is: attempts in order, each `("erased" | "accepted", text)`."""
 
 
-JUDGEMENT = Judgement(
-    uncertainty=1.5,
-    base=1.5,
-    extreme=0.0,
-    gradient=0.0,
-    baseline=None,
-    penalty=1.0,
-    modulation=1.0,
-    threshold=None,
-    statistics=GroupStatistics(0, 0, 0, 0, 0, 0),
-    history=History(),
-    erased_tokens_before=0,
-)
+UNCERTAINTY = 1.5
+"""U of every segment."""
 
 
 class StubReplica:
@@ -86,19 +81,16 @@ class StubReplica:
             token_ids = self.tokenizer(text)["input_ids"] if text else []
             if place == len(script) - 1 and not request.ignore_eos:
                 token_ids.append(EOS)
-            attempt = Attempt(
+            attempt = attempt_of(
+                token_ids,
                 segment=segment,
-                attempt=number,
+                number=number,
                 start=position,
-                end=position + len(token_ids),
-                token_ids=token_ids,
-                logprobs=[-1.0] * len(token_ids),
-                behaviour_logprobs=[-1.0] * len(token_ids),
-                signal=[1.0] * len(token_ids),
-                temperature=request.temperature,
-                versions=[VersionSpan(start=0, end=len(token_ids), version=7)],
                 verdict=verdict,
-                judgement=None if request.policy is None else JUDGEMENT,
+                logprobs=[-1.0] * len(token_ids),
+                temperature=request.temperature,
+                version=7,
+                uncertainty=None if request.policy is None else UNCERTAINTY,
             )
             attempts.append(attempt)
             if listener is not None:
@@ -148,7 +140,7 @@ def _record(attempt: Attempt, *, final: bool) -> JudgementRecord:
     fields[Field.ATTEMPT] = attempt.attempt
     fields[Field.START] = attempt.start
     fields[Field.END] = attempt.end
-    fields[Field.UNCERTAINTY] = 1.5
+    fields[Field.UNCERTAINTY] = UNCERTAINTY
     fields[Field.THRESHOLD] = float("inf")
     fields[Field.BASELINE] = float("inf")
     fields[Field.ERASED] = float(attempt.verdict == "erased")

@@ -1,5 +1,6 @@
 """Configurations: what is refused, and whether the message lets a user put it right."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,27 +8,17 @@ import pytest
 import yaml
 
 from common.config import ConfigError, RunConfig, build_config, dump_yaml, load_config, variant
-from common.config.loading import PRESETS, parse_assignment
+from common.config.loading import PRESETS, merge, parse_assignment
 from learner.train import derived_sizes, main
+from tests.configs import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "name": "test",
-        "steps": 4,
-        "model": {"path": "model", "max_length": 256},
-        "rollout": {
-            "groups_per_step": 4,
-            "responses_per_group": 4,
-            "max_prompt_tokens": 80,
-            "max_response_tokens": 152,
-            "erasure": {"segmentation": {"mode": "delimiter", "max_length": 16}},
-        },
-    }
-    return base | changes
+    base = merge(SETTINGS, {"rollout": {"groups_per_step": 4, "max_response_tokens": 152}})
+    return copy.deepcopy(base) | changes
 
 
 def refused(tmp_path: Path, *assignments: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from common import metrics as names
-from common.config import RunConfig, build_config
+from common.config import RunConfig
 from common.interfaces import Rollouts
 from learner.data import PromptStream, read_rows, tokenise
 from learner.display import Display
@@ -25,6 +25,7 @@ from learner.group import LearnerGroup
 from learner.rewards import ChainRewards
 from learner.run_directory import RunDirectory, read_jsonl
 from learner.trajectory_files import read_trajectories
+from tests.configs import run_config
 from tests.fake_parts import TOKENIZER, FakeLearner, FakeRollouts
 
 
@@ -33,26 +34,14 @@ class Killed(BaseException):
 
 
 def config(tmp_path: Path, name: str = "run", **changes: Any) -> RunConfig:
-    return build_config(
-        {
-            "name": name,
-            "runs_directory": str(tmp_path / "runs"),
-            "steps": 6,
-            "seed": 2,
-            "model": {"path": "model", "max_length": 256},
-            "data": {"source": "chain", "length": 4, "train_problems": 9, "test_problems": 3},
-            "rollout": {
-                "groups_per_step": 2,
-                "responses_per_group": 4,
-                "max_prompt_tokens": 80,
-                "max_response_tokens": 80,
-                "erasure": {"segmentation": {"mode": "delimiter", "max_length": 16}},
-            },
-            "evaluation": {"problems": 3, "responses_per_problem": 2},
-            "checkpoint": {"every_steps": 2, "keep": 2},
-        }
-        | changes
-    )
+    settings: dict[str, Any] = {
+        "steps": 6,
+        "seed": 2,
+        "data": {"source": "chain", "length": 4, "train_problems": 9, "test_problems": 3},
+        "evaluation": {"problems": 3, "responses_per_problem": 2},
+        "checkpoint": {"every_steps": 2, "keep": 2},
+    }
+    return run_config(name=name, runs_directory=str(tmp_path / "runs"), **settings | changes)
 
 
 class Run:

@@ -6,27 +6,15 @@ from pathlib import Path
 import pytest
 
 from common import metrics as names
-from common.config import build_config
 from common.trajectory import Group, Prompt
 from learner.evaluation import Evaluation, evaluate_groups, evaluation_requests, pass_at_k
 from learner.plots import draw_plots
 from learner.report import build_report, comparison_table, final_table
 from learner.step_checks import StepCounts
+from tests.configs import run_config
 from tests.trajectories import random_groups
 
-CONFIG = build_config(
-    {
-        "name": "test",
-        "steps": 4,
-        "model": {"path": "model", "max_length": 256},
-        "rollout": {
-            "max_prompt_tokens": 64,
-            "max_response_tokens": 64,
-            "erasure": {"segmentation": {"mode": "fixed", "length": 8}},
-        },
-        "evaluation": {"responses_per_problem": 3},
-    }
-)
+CONFIG = run_config(evaluation={"responses_per_problem": 3})
 PROMPTS = [Prompt(id=name, text=name, token_ids=[1, 2]) for name in "abc"]
 
 

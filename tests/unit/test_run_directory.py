@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from common.config import RunConfig, build_config, load_config
+from common.config import RunConfig, load_config
 from learner.driver_state import DriverState, newest_state, save_state
 from learner.errors import DiskFullError, InputError
 from learner.run_directory import (
@@ -27,24 +27,12 @@ from learner.run_directory import (
     write_text,
 )
 from learner.trajectory_files import read_trajectories, write_trajectories
+from tests.configs import run_config
 from tests.trajectories import random_groups
 
 
 def config(tmp_path: Path, **changes: Any) -> RunConfig:
-    return build_config(
-        {
-            "name": "run",
-            "runs_directory": str(tmp_path / "runs"),
-            "steps": 4,
-            "model": {"path": "model", "max_length": 256},
-            "rollout": {
-                "max_prompt_tokens": 64,
-                "max_response_tokens": 64,
-                "erasure": {"segmentation": {"mode": "fixed", "length": 8}},
-            },
-        }
-        | changes
-    )
+    return run_config(name="run", runs_directory=str(tmp_path / "runs"), **changes)
 
 
 @contextmanager
