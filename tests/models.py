@@ -47,7 +47,14 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _sizes(vocab_size: int, hidden_size: int, layers: int, max_length: int, initializer_range: float) -> dict[str, Any]:
+def _sizes(
+    *,
+    vocab_size: int = 320,
+    hidden_size: int = 64,
+    layers: int = 2,
+    max_length: int = 1024,
+    initializer_range: float = 0.2,
+) -> dict[str, Any]:
     """What both families' configurations have in common. Head dimension 32, float32."""
     return {
         "vocab_size": vocab_size,
@@ -78,32 +85,11 @@ def _save(family: type[PreTrainedModel], config: PretrainedConfig, directory: Pa
     return directory
 
 
-def tiny_qwen3(
-    directory: Path,
-    *,
-    tied: bool = True,
-    seed: int = 0,
-    vocab_size: int = 320,
-    hidden_size: int = 64,
-    layers: int = 2,
-    max_length: int = 1024,
-    initializer_range: float = 0.2,
-) -> Path:
-    """Write a Qwen3 with a byte tokenizer into `directory` and return `directory`."""
-    sizes = _sizes(vocab_size, hidden_size, layers, max_length, initializer_range)
-    return _save(Qwen3ForCausalLM, Qwen3Config(**sizes, tie_word_embeddings=tied), directory, seed)
+def tiny_qwen3(directory: Path, *, tied: bool = True, seed: int = 0, **sizes: Any) -> Path:
+    """Write a Qwen3 with a byte tokenizer into `directory` and return `directory`. `sizes`: see `_sizes`."""
+    return _save(Qwen3ForCausalLM, Qwen3Config(**_sizes(**sizes), tie_word_embeddings=tied), directory, seed)
 
 
-def tiny_llama(
-    directory: Path,
-    *,
-    seed: int = 0,
-    vocab_size: int = 320,
-    hidden_size: int = 64,
-    layers: int = 2,
-    max_length: int = 1024,
-    initializer_range: float = 0.2,
-) -> Path:
-    """Write a Llama with untied embeddings and a byte tokenizer into `directory` and return `directory`."""
-    sizes = _sizes(vocab_size, hidden_size, layers, max_length, initializer_range)
-    return _save(LlamaForCausalLM, LlamaConfig(**sizes, tie_word_embeddings=False), directory, seed)
+def tiny_llama(directory: Path, *, seed: int = 0, **sizes: Any) -> Path:
+    """Write an untied Llama with a byte tokenizer into `directory` and return `directory`. `sizes`: see `_sizes`."""
+    return _save(LlamaForCausalLM, LlamaConfig(**_sizes(**sizes), tie_word_embeddings=False), directory, seed)

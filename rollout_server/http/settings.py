@@ -154,7 +154,7 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
 
 def load_settings(flags: dict[str, Any], config: Path | None) -> ServerSettings:
@@ -168,16 +168,7 @@ def load_settings(flags: dict[str, Any], config: Path | None) -> ServerSettings:
         return ServerSettings(**flags)
 
     class FromFile(ServerSettings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=config)
+        model_config = SettingsConfigDict(yaml_file=config)
 
     with config.open("rb"):
         pass
