@@ -84,6 +84,23 @@ def test_all_problems_are_reported_at_once_with_what_was_found(tmp_path: Path):
     assert "(found -1)" in message
 
 
+def test_a_system_prompt_without_a_chat_template_is_refused():
+    data = {"source": "file", "train_path": "a.jsonl", "test_path": "a.jsonl", "chat": False, "system_prompt": "Think."}
+    with pytest.raises(ConfigError, match=r"data\.file: system_prompt needs chat: true"):
+        build_config(settings(data=data))
+
+
+def test_negatives_from_erasure_need_a_treated_share(tmp_path: Path):
+    no_share = ("rollout.group_share={mode: fixed, share: 0}", "learner.advantage.erased_weight=0.1")
+    assert "a group_share above 0" in refused(tmp_path, *no_share)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "temperature_control"])
+def test_a_run_that_learns_from_erased_attempts_has_baselines(preset: str):
+    config = build_config(settings(learner={"advantage": {"erased_weight": 0.1}}))
+    assert variant(config, preset, "baseline").learner.advantage.erased_weight == 0.0
+
+
 def test_a_temperature_control_does_not_take_negatives_from_erasure(tmp_path: Path):
     message = refused(tmp_path, "rollout.treatment={kind: temperature}", "learner.advantage.erased_weight=1")
     assert "nothing is erased" in message
