@@ -94,11 +94,11 @@ METRICS = [
     }
     for step in range(1, 5)
 ]
-PROCESS = {"start": 7.0, "peak_memory_gib": 1.5}
+PROCESS = {"start": 7.0, "process": 30.0}
 
 
 def test_the_report_has_the_names_that_other_tools_read():
-    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS)
+    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS, 1.5)
     for key, step in (("before", 0), ("after", 4)):
         for mode in ("plain", "erasable"):
             entry = report[f"{mode}_{key}"]
@@ -110,13 +110,15 @@ def test_the_report_has_the_names_that_other_tools_read():
     assert report["seconds"]["steps"] == 20.0
     assert report["seconds"]["evaluation"] == 6.0
     assert report["working_share"] == pytest.approx(0.8)
+    assert report["seconds"]["start"] == 7.0
     assert report["peak_memory_gib"] == 1.5
+    assert report["seconds"].keys() == {"rollout", "train", "sync", "other", "steps", "evaluation", "start", "process"}
 
 
 def test_tables_show_what_the_report_says(tmp_path: Path):
     from rich.console import Console
 
-    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS)
+    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS, 1.5)
     console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
     console.print(final_table(report, tmp_path))
     console.print(comparison_table([report, report | {"name": "run-grpo"}]))
