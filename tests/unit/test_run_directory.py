@@ -124,6 +124,14 @@ def test_a_run_that_has_measured_nothing_may_be_resumed_with_other_settings(tmp_
     assert load_config(tmp_path / "runs" / "run" / "config.yaml").seed == 5
 
 
+def test_a_run_with_a_checkpoint_alone_goes_on_with_its_own_settings_only(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    add_checkpoint(directory, 0)
+    directory.close()
+    with pytest.raises(InputError, match="seed: 0 in the run, 5 now"):
+        RunDirectory.resume(config(tmp_path, seed=5))
+
+
 def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path: Path):
     directory = RunDirectory.create(config(tmp_path))
     for step in (8, 9, 10):
@@ -149,10 +157,12 @@ def test_going_back_to_a_checkpoint_forgets_what_came_after(tmp_path: Path):
     for step in range(1, 6):
         append_line(directory.metrics, json.dumps({"step": step}))
         (directory.trajectories / f"step_{step}.parquet").write_text("x")
+        add_checkpoint(directory, step)
     append_line(directory.evaluations, '{"step": 0}')
     append_line(directory.evaluations, '{"step": 5}')
     write_text(directory.report, "{}")
     directory.truncate(3)
+    assert directory.checkpoint_steps() == [1, 2, 3]
     assert [line["step"] for line in read_jsonl(directory.metrics)] == [1, 2, 3]
     assert read_jsonl(directory.evaluations) == [{"step": 0}]
     assert sorted(p.name for p in directory.trajectories.iterdir()) == [f"step_{n}.parquet" for n in (1, 2, 3)]
@@ -163,6 +173,13 @@ def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "rew')
     assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\x00\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is damaged"):
+        read_jsonl(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_new_one(tmp_path: Path):
