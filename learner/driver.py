@@ -91,7 +91,8 @@ class Driver:
         with StopRequest(self._announce_stop, self._display.stop) as stop:
             try:
                 await self._start(stop)
-                await self._evaluate(stop, "before training")
+                if self._state.step == 0:
+                    await self._evaluate(stop, "before training")
                 await self._train(stop)
                 await self._checkpoint()
                 await self._evaluate(stop, "after training")
@@ -242,10 +243,8 @@ class Driver:
         return report.bytes
 
     async def _evaluate(self, stop: StopRequest, when: str) -> None:
-        """Evaluate the current policy in both modes, unless an earlier process has done so."""
+        """Evaluate the current policy in both modes, unless an earlier process has done so. `when`: for the user."""
         step = self._state.step
-        if when == "before training" and step > 0:
-            return
         done = {(e.step, e.mode) for e in self._record.evaluations}
         for mode in MODES:
             if (step, mode) not in done:
@@ -266,16 +265,15 @@ class Driver:
         with part(f"evaluation ({mode})", step):
             groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
             groups, timeouts = await reward_groups(self._rewards, groups, self._problems.decoder)
-            if timeouts:
-                log.warning("evaluation: %d rewards were not ready in time and are 0", timeouts)
             counts = count_steps(config, groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
-            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds)
+            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds, timeouts)
         self._record.add_evaluation(evaluation)
+        late = f"; {timeouts} rewards were not ready in time and are 0" if timeouts else ""
         self._display.message(
             f"{mode} accuracy after {step} steps: Avg@{k} {evaluation.avg_at_k:.3f}, "
-            f"Pass@{k} {evaluation.pass_at_k:.3f}"
+            f"Pass@{k} {evaluation.pass_at_k:.3f}{late}"
         )
 
     async def _checkpoint(self) -> None:

@@ -192,21 +192,23 @@ class LearnerGroup:
             asyncio.ensure_future(_answer(getattr(rank, method).remote(*own)))
             for rank, own in zip(self._ranks, arguments, strict=True)
         ]
-        _, pending = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-        errors = _errors(waits)
-        if pending and errors and not any(isinstance(error, RayActorError) for error in errors.values()):
-            await asyncio.wait(pending, timeout=GRACE_SECONDS)
+        try:
+            _, pending = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
             errors = _errors(waits)
-        if errors or pending:
-            failure = _failure(errors, [not wait.done() for wait in waits], what, seconds)
-            self._failure = str(failure)
-            # Their peers would wait for the lost rank until the process group's own deadline.
-            for rank in self._ranks:
-                ray.kill(rank, no_restart=True)
+            if pending and errors and not any(isinstance(error, RayActorError) for error in errors.values()):
+                await asyncio.wait(pending, timeout=GRACE_SECONDS)
+                errors = _errors(waits)
+            if errors or pending:
+                failure = _failure(errors, [not wait.done() for wait in waits], what, seconds)
+                self._failure = str(failure)
+                # Their peers would wait for the lost rank until the process group's own deadline.
+                for rank in self._ranks:
+                    ray.kill(rank, no_restart=True)
+                raise failure
+            return [wait.result() for wait in waits]
+        finally:
             for wait in waits:
                 wait.cancel()
-            raise failure
-        return [wait.result() for wait in waits]
 
 
 async def _answer(reference: Any) -> Any:

@@ -171,6 +171,11 @@ def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Probl
             )
             log.warning(text)
             display.message(text)
+    wanted, there = config.evaluation.problems, len(sets["test"].prompts)
+    if there < wanted:
+        text = f"evaluation.problems is {wanted}, but there are {there} test prompts: all of them are taken"
+        log.warning(text)
+        display.message(text)
     stream = PromptStream(sets["train"].prompts, config.seed, config.rollout.groups_per_step)
     return Problems(stream, sets["test"].prompts[: config.evaluation.problems], tokenizer)
 

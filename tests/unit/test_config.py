@@ -212,6 +212,15 @@ def test_the_demo_is_as_its_issue_describes_it():
     assert config.rollout.erasure.kappa == 0.0
 
 
+def test_a_token_budget_may_be_exceeded_by_the_step_that_reaches_it():
+    config = build_config(settings(rollout={**settings()["rollout"], "group_share": {"mode": "fixed", "share": 0.0}}))
+    in_all = "generated tokens in all"
+    assert dict(derived_sizes(config))[in_all] == f"at most {4 * 16 * 152:,} for training"
+    limited = config.model_copy(update={"token_budget": 100})
+    assert dict(derived_sizes(limited))[in_all] == f"at most {99 + 16 * 152:,} for training"
+    assert dict(derived_sizes(config.model_copy(update={"token_budget": 10**9}))) == dict(derived_sizes(config))
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

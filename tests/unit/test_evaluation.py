@@ -53,7 +53,8 @@ def test_an_evaluation_averages_over_responses_and_over_problems():
     assert result.generated_tokens == sum(t.generated_tokens for g in groups for t in g.trajectories)
     erasable = evaluate_groups(8, "erasable", 3, groups, StepCounts(9, 6, 4, 1), seconds=2.0)
     assert erasable.recovered_rate == pytest.approx(1 / 4)
-    assert evaluate_groups(8, "plain", 3, groups, None, seconds=2.0).cascade_rate is None
+    unchecked = evaluate_groups(8, "plain", 3, groups, None, seconds=2.0, reward_timeouts=2)
+    assert (unchecked.cascade_rate, unchecked.reward_timeouts) == (None, 2)
 
 
 def test_plain_evaluation_is_plain_vllm_and_erasable_evaluation_erases_everywhere():
