@@ -1,36 +1,70 @@
-"""Names of the metrics in `metrics.jsonl` and TensorBoard. Other tools read them: they are an interface."""
+"""Names of the metrics in `metrics.jsonl` and TensorBoard. Other tools read them: they are an interface.
+
+`metrics.jsonl` has one object a training step, with each of these names; `learner/kl` only where a KL is computed.
+A mean over nothing is null. Rates and shares are from 0 to 1, log-probs and U in nats, times in seconds.
+"""
 
 STEP = "step"
 POLICY_VERSION = "policy/version"
+
 REWARD_MEAN = "reward/mean"
 REWARD_PLAIN = "reward/plain"
 REWARD_TREATED = "reward/treated"
-PLAIN_SUCCESS_RATE = "rollout/plain_success_ema"
+REWARD_TIMEOUTS = "reward/timeouts"
+"""Rewards that were not ready in time, and are 0."""
+
 GENERATED_TOKENS = "rollout/generated_tokens"
+"""Committed and erased tokens of the step."""
+TOTAL_GENERATED_TOKENS = "rollout/generated_tokens_total"
+"""The same since the run began, evaluations left out."""
 ERASED_TOKENS = "rollout/erased_tokens"
+ERASURES = "rollout/erasures"
 ERASE_RATE = "rollout/erase_rate"
-SIGNAL_SHARE = "rollout/signal_share"
-TREATED_SHARE = "rollout/treated_share"
+"""Erased attempts over all attempts of erasable responses."""
 REUSED_PREFIX_TOKENS = "rollout/reused_prefix_tokens"
+"""Tokens that the prefix cache gave back after an erasure."""
+RESPONSE_TOKENS = "rollout/response_tokens_mean"
+SIGNAL_SHARE = "rollout/signal_share"
+"""Groups whose responses got different rewards, so that they have something to teach."""
+TREATED_SHARE = "rollout/treated_share"
+PLAIN_SUCCESS_RATE = "rollout/plain_success_ema"
+"""Running success rate of plain responses, which decides whether the treated share applies."""
 CASCADE_RATE = "rollout/cascade_rate"
 RECOVERED_RATE = "rollout/recovered_rate"
 UNCERTAINTY_MEAN = "rollout/uncertainty_mean"
 THRESHOLD_MEAN = "rollout/threshold_mean"
-RESPONSE_TOKENS = "rollout/response_tokens_mean"
-TOTAL_GENERATED_TOKENS = "rollout/generated_tokens_total"
+TOKENS_PER_SECOND = "rollout/tokens_per_second"
+
 LOSS = "learner/loss"
 GRADIENT_NORM = "learner/gradient_norm"
+"""Before clipping."""
 LEARNING_RATE = "learner/learning_rate"
 CLIP_SHARE = "learner/clip_share"
+RATIO_MIN = "learner/ratio_min"
+"""Smallest importance ratio of a token in the step."""
+RATIO_MAX = "learner/ratio_max"
 KL = "learner/kl"
 LOGPROB_GAP_MEAN = "learner/logprob_gap_mean"
+"""|policy's - behaviour's log-prob| of a token in the first minibatch, before any update: the engines' distance."""
 LOGPROB_GAP_MAX = "learner/logprob_gap_max"
 PADDING_SHARE = "learner/padding_share"
 LEARNER_TOKENS = "learner/tokens"
+"""Prompt and response tokens that the learner ran, padding left out."""
+
 SYNC_SECONDS = "sync/seconds"
 SYNC_BYTES = "sync/bytes"
+"""Of one copy of the weights."""
+
 STEP_SECONDS = "time/step_seconds"
+"""The sum of rollout, training, sync and other; evaluations are left out."""
 ROLLOUT_SECONDS = "time/rollout_seconds"
 TRAIN_SECONDS = "time/train_seconds"
 OTHER_SECONDS = "time/other_seconds"
-TOKENS_PER_SECOND = "rollout/tokens_per_second"
+
+ALL = frozenset(value for name, value in list(globals().items()) if name.isupper())
+"""Every name of `metrics.jsonl`."""
+
+
+def evaluation_name(mode: str, figure: str) -> str:
+    """TensorBoard's name of an evaluation's figure, such as `evaluation/plain_avg_at_k`."""
+    return f"evaluation/{mode}_{figure}"

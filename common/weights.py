@@ -12,7 +12,8 @@ _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int
 class WeightUpdate(StrictModel):
     """One version of the policy's weights, ready to be loaded by replicas.
 
-    `path`: where the `host` backend put the safetensors. `checksum`: `weight_checksum` over all tensors.
+    `path`: where the `host` backend put the safetensors. `checksum`: `weight_checksum` over all tensors, of which there
+    are `tensors` with `bytes` in all.
     """
 
     version: int
@@ -33,7 +34,7 @@ class ReplicaSync(StrictModel):
 
 
 class SyncReport(StrictModel):
-    """A sync of all replicas. `seconds`: from the first pause to the last resume."""
+    """A sync of all replicas. `seconds`: from the first pause to the last resume. `bytes`: of one copy."""
 
     version: int
     seconds: float

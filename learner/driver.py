@@ -25,7 +25,7 @@ from learner.interrupt import StopRequest
 from learner.rewards import Rewards
 from learner.run_directory import RunDirectory, replacing, require_space
 from learner.step_checks import Decoder, count_steps
-from learner.step_metrics import REWARD_TIMEOUTS, rollout_metrics
+from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
 from learner.treatment import TreatedShare, first_treated_sample, plain_outcome, training_requests
 
@@ -91,7 +91,8 @@ class Driver:
         with StopRequest(self._announce_stop, self._display.stop) as stop:
             try:
                 await self._start(stop)
-                await self._evaluate(stop, "before training")
+                if self._state.step == 0:
+                    await self._evaluate(stop, "before training")
                 await self._train(stop)
                 await self._checkpoint()
                 await self._evaluate(stop, "after training")
@@ -171,7 +172,7 @@ class Driver:
         with part("rollout", step):
             rollouts_state = await self._rollouts.state()
         self._learner_step = None
-        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step, REWARD_TIMEOUTS: timeouts}
+        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step, names.REWARD_TIMEOUTS: timeouts}
         # Recorded while the learner works: it takes the driver's time, not the step's.
         recording = asyncio.create_task(asyncio.to_thread(self._record_rollout, step, groups, first_treated))
         try:
@@ -242,10 +243,8 @@ class Driver:
         return report.bytes
 
     async def _evaluate(self, stop: StopRequest, when: str) -> None:
-        """Evaluate the current policy in both modes, unless an earlier process has done so."""
+        """Evaluate the current policy in both modes, unless an earlier process has done so. `when`: for the user."""
         step = self._state.step
-        if when == "before training" and step > 0:
-            return
         done = {(e.step, e.mode) for e in self._record.evaluations}
         for mode in MODES:
             if (step, mode) not in done:
@@ -266,16 +265,15 @@ class Driver:
         with part(f"evaluation ({mode})", step):
             groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
             groups, timeouts = await reward_groups(self._rewards, groups, self._problems.decoder)
-            if timeouts:
-                log.warning("evaluation: %d rewards were not ready in time and are 0", timeouts)
             counts = count_steps(config, groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
-            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds)
+            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds, timeouts)
         self._record.add_evaluation(evaluation)
+        late = f"; {timeouts} rewards were not ready in time and are 0" if timeouts else ""
         self._display.message(
             f"{mode} accuracy after {step} steps: Avg@{k} {evaluation.avg_at_k:.3f}, "
-            f"Pass@{k} {evaluation.pass_at_k:.3f}"
+            f"Pass@{k} {evaluation.pass_at_k:.3f}{late}"
         )
 
     async def _checkpoint(self) -> None:

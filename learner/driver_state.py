@@ -84,8 +84,8 @@ class RunRecord:
         """Append one evaluation."""
         append_line(self._directory.evaluations, evaluation.model_dump_json())
         for name in ("avg_at_k", "pass_at_k"):
-            tag, value = f"evaluation/{evaluation.mode}_{name}", getattr(evaluation, name)
-            self._tensorboard.add_scalar(tag, value, evaluation.step)
+            tag = names.evaluation_name(evaluation.mode, name)
+            self._tensorboard.add_scalar(tag, getattr(evaluation, name), evaluation.step)
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""

@@ -20,7 +20,8 @@ MODES: tuple[Mode, ...] = ("plain", "erasable")
 class Evaluation(StrictModel):
     """One evaluation. `k`: responses per problem, of which every one counts for Avg@k and Pass@k.
 
-    `cascade_rate` is null for a task whose steps can't be checked; `recovered_rate` also under plain sampling.
+    `reward_timeouts`: rewards that were not ready in time, and count as 0. `cascade_rate` is null for a task whose
+    steps can't be checked; `recovered_rate` also under plain sampling.
     """
 
     step: int
@@ -30,6 +31,7 @@ class Evaluation(StrictModel):
     avg_at_k: float
     pass_at_k: float
     mean_reward: float
+    reward_timeouts: int = 0
     cascade_rate: float | None
     recovered_rate: float | None
     generated_tokens: int
@@ -66,9 +68,15 @@ def evaluation_requests(config: RunConfig, prompts: Sequence[Prompt], mode: Mode
 
 
 def evaluate_groups(
-    step: int, mode: Mode, k: int, groups: Sequence[Group], counts: StepCounts | None, seconds: float
+    step: int,
+    mode: Mode,
+    k: int,
+    groups: Sequence[Group],
+    counts: StepCounts | None,
+    seconds: float,
+    reward_timeouts: int = 0,
 ) -> Evaluation:
-    """The figures of one evaluation's rewarded groups."""
+    """The figures of one evaluation's rewarded groups. `counts`: null where steps can't be checked."""
     responses = [trajectory for group in groups for trajectory in group.trajectories]
     successes = [sum(is_success(t.reward) for t in group.trajectories) for group in groups]
     return Evaluation(
@@ -81,6 +89,7 @@ def evaluate_groups(
             pass_at_k(len(group.trajectories), count, k) for group, count in zip(groups, successes, strict=True)
         ),
         mean_reward=fmean(t.reward or 0.0 for t in responses),
+        reward_timeouts=reward_timeouts,
         cascade_rate=None if counts is None else counts.cascade_rate,
         recovered_rate=counts.recovered_rate if counts is not None and mode == "erasable" else None,
         generated_tokens=sum(t.generated_tokens for t in responses),

@@ -17,7 +17,7 @@ from common.config.run import RunConfig
 from common.trajectory import Group
 from common.weights import WeightUpdate
 from learner.batching import RankBatch, rank_batches, split_minibatches, token_counts
-from learner.objectives import RATIO_MAX, RATIO_MIN, ObjectiveStatistics
+from learner.objectives import ObjectiveStatistics
 from learner.policy import PolicyError
 from learner.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, Placement
 from learner.weight_file import WrittenWeights, file_prefix, remove_weight_files
@@ -192,21 +192,23 @@ class LearnerGroup:
             asyncio.ensure_future(_answer(getattr(rank, method).remote(*own)))
             for rank, own in zip(self._ranks, arguments, strict=True)
         ]
-        _, pending = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-        errors = _errors(waits)
-        if pending and errors and not any(isinstance(error, RayActorError) for error in errors.values()):
-            await asyncio.wait(pending, timeout=GRACE_SECONDS)
+        try:
+            _, pending = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
             errors = _errors(waits)
-        if errors or pending:
-            failure = _failure(errors, [not wait.done() for wait in waits], what, seconds)
-            self._failure = str(failure)
-            # Their peers would wait for the lost rank until the process group's own deadline.
-            for rank in self._ranks:
-                ray.kill(rank, no_restart=True)
+            if pending and errors and not any(isinstance(error, RayActorError) for error in errors.values()):
+                await asyncio.wait(pending, timeout=GRACE_SECONDS)
+                errors = _errors(waits)
+            if errors or pending:
+                failure = _failure(errors, [not wait.done() for wait in waits], what, seconds)
+                self._failure = str(failure)
+                # Their peers would wait for the lost rank until the process group's own deadline.
+                for rank in self._ranks:
+                    ray.kill(rank, no_restart=True)
+                raise failure
+            return [wait.result() for wait in waits]
+        finally:
             for wait in waits:
                 wait.cancel()
-            raise failure
-        return [wait.result() for wait in waits]
 
 
 async def _answer(reference: Any) -> Any:
@@ -293,8 +295,8 @@ def _step_metrics(
         metrics.GRADIENT_NORM: sum(parts[0].gradient_norm for parts in by_minibatch) / len(by_minibatch),
         metrics.LEARNING_RATE: by_minibatch[-1][0].learning_rate,
         metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
-        RATIO_MIN: whole.ratio_min,
-        RATIO_MAX: whole.ratio_max,
+        metrics.RATIO_MIN: whole.ratio_min,
+        metrics.RATIO_MAX: whole.ratio_max,
         metrics.LOGPROB_GAP_MEAN: first.gap_sum / max(first.tokens, 1),
         metrics.LOGPROB_GAP_MAX: first.gap_max,
         metrics.PADDING_SHARE: 1.0 - real / padded,

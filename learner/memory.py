@@ -7,11 +7,12 @@ from pathlib import Path
 import psutil
 
 SAMPLE_SECONDS = 5.0
+JOIN_SECONDS = 10.0
 _GIB = 1024**3
 
 
 class PeakMemory:
-    """Samples the process tree every few seconds in a thread of its own.
+    """A context manager that samples the process tree every few seconds in a thread of its own, and at its end.
 
     A page that several processes share counts once (proportional set size); where the kernel does not say, the
     resident size is taken, which counts it several times. A peak shorter than the interval may be missed.
@@ -27,19 +28,20 @@ class PeakMemory:
     def peak_gib(self) -> float:
         return self.peak_bytes / _GIB
 
-    def start(self) -> None:
+    def __enter__(self) -> "PeakMemory":
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        """Take a last sample and end."""
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(self._interval)
+        self._thread.join(JOIN_SECONDS)
 
     def _run(self) -> None:
-        while True:
+        stopping = False
+        while not stopping:
             self.peak_bytes = max(self.peak_bytes, tree_bytes())
-            if self._stop.wait(self._interval):
-                return
+            stopping = self._stop.wait(self._interval)
+        self.peak_bytes = max(self.peak_bytes, tree_bytes())
 
 
 def tree_bytes() -> int:

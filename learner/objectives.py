@@ -11,9 +11,6 @@ from torch import Tensor
 
 from common.config.run import ClippedObjective
 
-RATIO_MIN = "learner/ratio_min"
-RATIO_MAX = "learner/ratio_max"
-
 Aggregation = Literal["token_mean", "sequence_mean"]
 
 

@@ -1,5 +1,6 @@
 """The policy as the learner runs it: loading a causal language model, and log-probs of given tokens."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -73,4 +74,4 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     done = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
     if config.schedule == "linear":
         return config.learning_rate * (1.0 - done)
-    return config.learning_rate * 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * done))))
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))

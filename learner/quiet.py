@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-NAME = "driver.log"
+LOG_NAME = "driver.log"
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def quiet_output(log_directory: Path) -> Iterator[TextIO]:
     The file descriptors themselves are redirected, so that libraries that print, C code and processes started from
     here are quiet too. Log records and warnings go to the same file.
     """
-    path = log_directory / NAME
+    path = log_directory / LOG_NAME
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -50,5 +50,4 @@ def quiet_output(log_directory: Path) -> Iterator[TextIO]:
         root.handlers[:], root.level = before
         handler.close()
         handler.stream.close()
-        terminal.flush()
-        terminal.detach()
+        terminal.close()

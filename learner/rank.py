@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from common.config.run import RunConfig
 from learner.batching import MicroBatch, RankBatch, TrainingSample, collate
 from learner.objectives import MinibatchTotals, ObjectiveInputs, ObjectiveStatistics, compute_objective
-from learner.policy import PolicyError, learning_rate, load_policy, response_logprobs
+from learner.policy import learning_rate, load_policy, response_logprobs
 from learner.weight_file import ParameterShape, WrittenWeights, weight_directory, write_weights
 
 CHECKPOINT_TAG = "deepspeed"
@@ -259,6 +259,3 @@ def _redirect_output(path: Path) -> None:
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-
-
-__all__ = ["LearnerRank", "MinibatchResult", "Placement", "PolicyError"]

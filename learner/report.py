@@ -12,7 +12,6 @@ from rich.table import Table
 from common import metrics as names
 from learner.evaluation import MODES, Evaluation
 from learner.run_directory import write_text
-from learner.step_metrics import ERASURES
 
 _SECONDS = {
     "rollout": names.ROLLOUT_SECONDS,
@@ -28,11 +27,13 @@ def build_report(
     preset: str,
     metrics: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Evaluation],
-    process: Mapping[str, float],
+    process_seconds: Mapping[str, float],
+    peak_memory_gib: float,
 ) -> dict[str, Any]:
     """The run's report. Totals are over all steps, those of earlier processes of a resumed run included.
 
-    `process`: what only the last process knows (seconds to start, seconds in all, peak memory).
+    `metrics`: one object a step, by the names of `common.metrics`. `process_seconds` (to `start`, and of the whole
+    `process`) and `peak_memory_gib` are of the last process only.
     """
     steps = [e.step for e in evaluations]
     ends = {"before": min(steps), "after": max(steps)}
@@ -52,10 +53,10 @@ def build_report(
         "steps": len(metrics),
         "generated_tokens": int(generated),
         "erased_tokens": int(erased),
-        "erasures": int(_total(metrics, ERASURES)),
-        "seconds": seconds | {"evaluation": sum(e.seconds for e in evaluations)} | dict(process),
+        "erasures": int(_total(metrics, names.ERASURES)),
+        "seconds": seconds | {"evaluation": sum(e.seconds for e in evaluations)} | dict(process_seconds),
         "working_share": working / seconds["steps"] if seconds["steps"] else None,
-        "peak_memory_gib": process.get("peak_memory_gib"),
+        "peak_memory_gib": peak_memory_gib,
         "learner_tokens": int(_total(metrics, names.LEARNER_TOKENS)),
     }
 

@@ -59,8 +59,8 @@ class RunDirectory:
             raise InputError(f"{path} holds no run to resume")
         directory = cls(path, _locked(path))
         try:
-            # A run that failed before it measured anything may have failed of its configuration.
-            if directory.evaluations.exists() or directory.metrics.exists():
+            # A run that failed before it kept anything may have failed of its configuration.
+            if directory.evaluations.exists() or directory.metrics.exists() or directory.checkpoint_steps():
                 check_same_run(stored_config(path), config)
         except InputError:
             directory.close()
@@ -83,18 +83,14 @@ class RunDirectory:
 
     def checkpoint_steps(self) -> list[int]:
         """The steps that have a whole checkpoint, oldest first."""
-        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.checkpoints.iterdir())
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.checkpoints.glob("step_*"))
         steps = sorted(int(match[1]) for match in found if match)
         return [step for step in steps if (self.checkpoint(step) / CHECKPOINT_STATE).is_file()]
 
     def keep_newest_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""
         for step in self.checkpoint_steps()[:-keep]:
-            old = self.checkpoint(step)
-            gone = old.with_name(old.name + PARTIAL)
-            # Renamed first: a deletion that stops half-way must not leave what looks like a checkpoint.
-            old.rename(gone)
-            shutil.rmtree(gone)
+            self._delete_checkpoint(step)
 
     def truncate(self, step: int) -> None:
         """Forget everything after `step` steps: it is about to be done again."""
@@ -106,8 +102,15 @@ class RunDirectory:
                 path.unlink()
         for later in self.checkpoint_steps():
             if later > step:
-                shutil.rmtree(self.checkpoint(later))
+                self._delete_checkpoint(later)
         self.report.unlink(missing_ok=True)
+
+    def _delete_checkpoint(self, step: int) -> None:
+        old = self.checkpoint(step)
+        gone = old.with_name(old.name + PARTIAL)
+        # Renamed first: a deletion that stops half-way must not leave what looks like a checkpoint.
+        old.rename(gone)
+        shutil.rmtree(gone)
 
     def _prepare(self, config: RunConfig) -> None:
         with writing(self.path):
@@ -246,11 +249,19 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects in a JSON-lines file; a last line that a killed process left unfinished is not one."""
+    """The objects in a JSON-lines file; a last line that a killed process left unfinished is not one.
+
+    Raises InputError that names the line, if another is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    objects = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number} is damaged: {error}") from error
+    return objects
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -7,15 +7,11 @@ from common import metrics as names
 from common.trajectory import Attempt, Group, Trajectory
 from learner.step_checks import StepCounts
 
-REWARD_TIMEOUTS = "reward/timeouts"
-ERASURES = "rollout/erasures"
-
 
 def rollout_metrics(groups: Sequence[Group], first_treated: int, counts: StepCounts | None) -> dict[str, float | None]:
     """Rewards, tokens, erasures and thresholds of a step; a mean over nothing is None.
 
-    `rollout/erase_rate`: erased attempts over all attempts of erasable responses.
-    `rollout/signal_share`: groups whose responses got different rewards, so that they have something to teach.
+    Responses of each group from sample `first_treated` on were treated. `counts`: null where steps can't be checked.
     """
     responses = [trajectory for group in groups for trajectory in group.trajectories]
     judged = [judgement for a in _attempts(responses) if (judgement := a.judgement)]
@@ -23,7 +19,7 @@ def rollout_metrics(groups: Sequence[Group], first_treated: int, counts: StepCou
         names.GENERATED_TOKENS: sum(t.generated_tokens for t in responses),
         names.ERASED_TOKENS: sum(t.erased_tokens for t in responses),
         names.REUSED_PREFIX_TOKENS: sum(t.reused_prefix_tokens for t in responses),
-        ERASURES: sum(t.erasures for t in responses),
+        names.ERASURES: sum(t.erasures for t in responses),
         names.ERASE_RATE: erase_rate(responses),
         names.SIGNAL_SHARE: fmean(len({t.reward for t in group.trajectories}) > 1 for group in groups),
         names.TREATED_SHARE: fmean(t.sample >= first_treated for t in responses),

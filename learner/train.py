@@ -74,7 +74,7 @@ def read_config(options: argparse.Namespace) -> RunConfig:
     if path is None:
         if not (options.resume and options.name):
             raise ConfigError("--config FILE is needed (or --resume --name NAME, which takes the stored one)")
-        path = Path(changes.get("runs_directory", "runs")) / options.name / CONFIG
+        path = Path(str(changes.get("runs_directory", "runs"))) / options.name / CONFIG
     return build_config(merge(read_yaml(path), changes))
 
 
@@ -85,6 +85,10 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     erased = rollout.erasure.erased_token_limit(rollout.max_response_tokens)
     per_step = responses * rollout.max_response_tokens + treated_erasures(config) * erased
+    in_all = per_step * config.steps
+    if config.token_budget is not None:
+        # The step that reaches the budget is finished.
+        in_all = min(in_all, config.token_budget - 1 + per_step)
     concurrent = rollout.engine.replicas * rollout.engine.max_concurrent_responses
     evaluation = config.evaluation.problems * config.evaluation.responses_per_problem
     return [
@@ -101,7 +105,7 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
             "optimizer steps",
             f"{config.steps * minibatches} = {config.steps} steps x {minibatches} minibatches",
         ),
-        ("responses per optimizer step and rank", f"{responses // (minibatches * learner.ranks)}"),
+        ("responses per optimizer step and rank", f"{responses // (minibatches * learner.ranks)} on average"),
         (
             "longest sequence",
             f"{longest} tokens, {learner.tokens_per_microbatch // longest} to a micro-batch",
@@ -109,7 +113,7 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
         ("generated tokens per step", f"at most {per_step:,}, erased ones included"),
         (
             "generated tokens in all",
-            f"at most {config.token_budget or per_step * config.steps:,} for training",
+            f"at most {in_all:,} for training",
         ),
         ("responses per evaluation", f"{evaluation}, plain and erasable each"),
     ]

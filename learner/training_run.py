@@ -6,12 +6,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from common.config import RunConfig, variant
+from common.config.data import ChainReward
 from common.interfaces import ROLLOUTS, Rollouts
 from learner.cluster import ray_cluster
 from learner.data import PromptStream, Row, read_rows, tokenise
@@ -23,10 +25,10 @@ from learner.group import LearnerGroup
 from learner.memory import PeakMemory
 from learner.model_directory import ensure_model, load_tokenizer
 from learner.plots import draw_plots
-from learner.quiet import NAME as LOG_NAME
-from learner.quiet import quiet_output
+from learner.quiet import LOG_NAME, quiet_output
 from learner.report import build_report, comparison_table, final_table, write_report
 from learner.rewards import Rewards, make_rewards
+from learner.rewards.chain_steps import check_prompts
 from learner.run_directory import RunDirectory, check_unused, directory_of, holds_run, write_text
 from learner.tasks import Split
 
@@ -38,7 +40,7 @@ MOST_STEPS_OF_BASELINE = 4
 
 
 class RunFailedError(Exception):
-    """A run failed; its message is for the user, `log` holds the traceback."""
+    """A run failed; its message is for the user, the file `log_path` has the traceback."""
 
     def __init__(self, message: str, log_path: Path) -> None:
         super().__init__(message)
@@ -61,46 +63,49 @@ def train(config: RunConfig, *, resume: bool) -> dict[str, Any]:
     """
     if not resume:
         check_unused(config)
-    prepared = _prepare(config)
-    directory = RunDirectory.resume(config) if resume else RunDirectory.create(config)
-    try:
-        return _run_in(directory, config, prepared)
-    except InputError:
-        if not resume:
-            directory.discard()
-        raise
-    finally:
-        directory.close()
+    with _prepared(config) as prepared:
+        directory = RunDirectory.resume(config) if resume else RunDirectory.create(config)
+        try:
+            return _run_in(directory, config, prepared)
+        except InputError:
+            if not resume:
+                directory.discard()
+            raise
+        finally:
+            directory.close()
 
 
 def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
-    """The run, then the baselines from the same start with the same number of generated tokens."""
+    """The run, then the baselines from the same start with the same number of generated tokens.
+
+    Raises as `train` does; what is wrong with a baseline is said before the run begins.
+    """
+    baselines = [variant(config, preset, f"{config.name}-{preset}") for preset in BASELINES]
+    if not resume:
+        for planned in (config, *baselines):
+            check_unused(planned)
     reports = [train(config, resume=resume and holds_run(directory_of(config)))]
-    budget = reports[0]["generated_tokens"]
-    for preset in BASELINES:
-        baseline = variant(config, preset, f"{config.name}-{preset}").model_copy(
-            update={"token_budget": budget, "steps": MOST_STEPS_OF_BASELINE * config.steps}
-        )
-        reports.append(train(baseline, resume=resume and holds_run(directory_of(baseline))))
+    limits = {"token_budget": reports[0]["generated_tokens"], "steps": MOST_STEPS_OF_BASELINE * config.steps}
+    for baseline in baselines:
+        limited = baseline.model_copy(update=limits)
+        reports.append(train(limited, resume=resume and holds_run(directory_of(limited))))
     text = json.dumps(reports, indent=2) + "\n"
     write_text(directory_of(config) / "comparison.json", text)
     return reports
 
 
-def _prepare(config: RunConfig) -> _Prepared:
-    """Read the data and load the reward function, which need neither model nor Ray."""
+@contextmanager
+def _prepared(config: RunConfig) -> Iterator[_Prepared]:
+    """Read the data and load the reward function, which need neither model nor Ray; stop the function afterwards."""
     rows: dict[Split, list[Row]] = {"train": read_rows(config, "train"), "test": read_rows(config, "test")}
+    if isinstance(config.reward, ChainReward):
+        check_prompts([row for split in rows.values() for row in split])
     rewards = make_rewards(config.reward)
-    asyncio.run(_start(rewards))
-    return _Prepared(rows, rewards)
-
-
-async def _start(rewards: Rewards) -> None:
     try:
-        await rewards.start()
-    except BaseException:
-        await rewards.close()
-        raise
+        asyncio.run(rewards.start())
+        yield _Prepared(rows, rewards)
+    finally:
+        asyncio.run(rewards.close())
 
 
 def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
@@ -134,31 +139,23 @@ def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, displa
     started = time.monotonic()
     state = newest_state(directory, config.seed)
     if is_finished(config, state) and directory.report.is_file():
-        display.message(f"{directory.path} is finished after {state.step} steps; raise `steps` to continue it")
+        limit = "steps" if state.step >= config.steps else "token_budget"
+        display.message(f"{directory.path} is finished after {state.step} steps; raise `{limit}` to continue it")
         return cast(dict[str, Any], json.loads(directory.report.read_text(encoding="utf-8")))
     # Without a checkpoint the run begins anew, evaluations included: they leave their mark on the thresholds.
     directory.truncate(state.step if directory.checkpoint_steps() else -1)
     if state.step:
         display.message(f"continuing {directory.path} after step {state.step}")
-    memory = PeakMemory()
-    memory.start()
-    ensure_model(config, lambda phase, done, total: display.phase(f"warm start: {phase}", done, total))
-    problems = _problems(config, prepared, display)
-    record = RunRecord(directory, state.step + 1)
-    try:
-        display.phase("starting Ray")
-        with ray_cluster(config, directory.log.resolve()):
-            driver = _driver(directory, config, state, prepared, problems, record, display)
-            asyncio.run(driver.run())
-        memory.stop()
-        process = {
-            "start": driver.start_seconds,
-            "process": time.monotonic() - started,
-            "peak_memory_gib": memory.peak_gib,
-        }
-        return _conclude(directory, config, record, process)
-    finally:
-        record.close()
+    with closing(RunRecord(directory, state.step + 1)) as record:
+        with PeakMemory() as memory:
+            ensure_model(config, lambda phase, done, total: display.phase(f"warm start: {phase}", done, total))
+            problems = _problems(config, prepared, display)
+            display.phase("starting Ray")
+            with ray_cluster(config, directory.log.resolve()):
+                driver = _driver(directory, config, state, prepared, problems, record, display)
+                asyncio.run(driver.run())
+        seconds = {"start": driver.start_seconds, "process": time.monotonic() - started}
+        return _conclude(directory, config, record, seconds, memory.peak_gib)
 
 
 def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Problems:
@@ -174,6 +171,11 @@ def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Probl
             )
             log.warning(text)
             display.message(text)
+    wanted, there = config.evaluation.problems, len(sets["test"].prompts)
+    if there < wanted:
+        text = f"evaluation.problems is {wanted}, but there are {there} test prompts: all of them are taken"
+        log.warning(text)
+        display.message(text)
     stream = PromptStream(sets["train"].prompts, config.seed, config.rollout.groups_per_step)
     return Problems(stream, sets["test"].prompts[: config.evaluation.problems], tokenizer)
 
@@ -199,12 +201,12 @@ def load_rollouts() -> Rollouts:
 
 
 def _conclude(
-    directory: RunDirectory, config: RunConfig, record: RunRecord, process: Mapping[str, float]
+    directory: RunDirectory, config: RunConfig, record: RunRecord, seconds: Mapping[str, float], peak_memory_gib: float
 ) -> dict[str, Any]:
     metrics, evaluations = record.metrics, record.evaluations
     with part("plots"):
         draw_plots(directory.plots, metrics, evaluations)
-    report = build_report(config.name, config.preset, metrics, evaluations, process)
+    report = build_report(config.name, config.preset, metrics, evaluations, seconds, peak_memory_gib)
     write_report(directory.report, report)
     return report
 

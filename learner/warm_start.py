@@ -40,6 +40,7 @@ VOCABULARY_ROWS = 320
 MAX_POSITIONS = 512
 SETTINGS_FILE = "warm_start.json"
 MEASURED_PROBLEMS = 128
+LOCK_SECONDS = 3600.0
 # Training pushes the log-probability of all reserved rows together below this.
 RESERVED_LOG_MASS = -14.0
 RESERVED_WEIGHT = 0.02
@@ -278,12 +279,13 @@ def warm_start(
 
     Returns at once if `output` already holds a model made with these settings, unless `force`. The directory
     appears whole or not at all, and several processes may ask for it at once. Raises FileExistsError if
-    `output` is anything else than an earlier warm start.
+    `output` is anything else than an earlier warm start, and TimeoutError if another process still makes it after
+    `LOCK_SECONDS`.
     """
     settings = settings or WarmStartSettings()
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.with_name(f".{output.name}.lock")):
+    with FileLock(output.with_name(f".{output.name}.lock"), timeout=LOCK_SECONDS):
         finished = finished_measures(output, settings)
         if finished is not None and not force:
             return finished

@@ -1,21 +1,25 @@
 """Writing a policy's weights for the `host` transport: one safetensors file in shared memory."""
 
 import json
+import logging
 import os
 import re
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
 from common.weights import weight_checksum
+
+log = logging.getLogger(__name__)
 
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _SHARED_MEMORY = Path("/dev/shm")
@@ -63,19 +67,11 @@ def remove_weight_files(run: str, process: int) -> None:
             continue
         for path in directory.glob("e3rl-*"):
             match = pattern.match(path.name)
-            if match and (int(match[1]) == process or not _is_alive(int(match[1]))):
-                with suppress(OSError):
-                    path.unlink()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            if match and (int(match[1]) == process or not psutil.pid_exists(int(match[1]))):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("a weight file that nobody needs stays: %s", error)
 
 
 def weight_directory(needed_bytes: int) -> Path:

@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ray
-
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import ReplicaSync, WeightUpdate
@@ -17,9 +15,8 @@ if TYPE_CHECKING:
     from rollout_server.engine import ErasableEngine
 
 
-@ray.remote
 class RolloutActor:
-    """Generates groups of responses and takes weights.
+    """Generates groups of responses and takes weights. `RolloutPool` makes a Ray actor of it.
 
     `replica`: its number in the pool. `log`: the file that receives what this process and vLLM's print.
     """

@@ -42,8 +42,9 @@ class RolloutPool:
         self._engine = engine = config.rollout.engine
         on_gpu = bool(ray.cluster_resources().get("GPU"))
         environment = _actor_environment(engine)
+        actor_class = ray.remote(RolloutActor)
         for number in range(engine.replicas):
-            actor = RolloutActor.options(  # type: ignore[attr-defined]
+            actor = actor_class.options(
                 num_cpus=0 if on_gpu else 1,
                 num_gpus=engine.tensor_parallel_size if on_gpu else 0,
                 max_restarts=0,

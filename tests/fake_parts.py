@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import metrics as names
 from common.config.run import RunConfig
 from common.seeds import attempt_seed
-from common.trajectory import Attempt, Group, ResponseRequest, Trajectory, Verdict, VersionSpan
+from common.trajectory import Attempt, Group, ResponseRequest, Trajectory, Verdict
 from common.weights import ReplicaSync, SyncReport, WeightUpdate
 from learner.tasks import chain
 from tests.models import byte_tokenizer
-from tests.trajectories import judgement
+from tests.trajectories import attempt_of
 
 TOKENIZER = byte_tokenizer(1024)
 Hook = Callable[[int], None]
@@ -102,21 +103,15 @@ class FakeRollouts:
     def _attempt(
         self, request: ResponseRequest, segment: int, number: int, start: int, line: str, verdict: Verdict
     ) -> Attempt:
-        tokens = TOKENIZER.encode(line)
-        values = [-0.5] * len(tokens)
-        return Attempt(
+        return attempt_of(
+            TOKENIZER.encode(line),
             segment=segment,
-            attempt=number,
+            number=number,
             start=start,
-            end=start + len(tokens),
-            token_ids=tokens,
-            logprobs=values,
-            behaviour_logprobs=values,
-            signal=[0.5] * len(tokens),
-            temperature=request.temperature,
-            versions=[VersionSpan(start=0, end=len(tokens), version=self.version)],
             verdict=verdict,
-            judgement=judgement(0.5) if request.policy else None,
+            temperature=request.temperature,
+            version=self.version,
+            uncertainty=0.5 if request.policy else None,
         )
 
 
@@ -137,7 +132,7 @@ class FakeLearner:
         self.on_train(step)
         text = self.weight + "".join(group.model_dump_json() for group in groups)
         self.weight = hashlib.sha256(text.encode()).hexdigest()
-        return {"learner/loss": int(self.weight[:8], 16) / 2**32, "learner/tokens": 10.0}
+        return {names.LOSS: int(self.weight[:8], 16) / 2**32, names.LEARNER_TOKENS: 10.0}
 
     async def export_weights(self, version: int) -> WeightUpdate:
         update = WeightUpdate(version=version, backend="host", path="/none", checksum=self.weight, tensors=1, bytes=8)

@@ -5,6 +5,7 @@ Their weights are random but large enough that next-token distributions are peak
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -13,6 +14,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -45,78 +47,49 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _save(model: PreTrainedModel, directory: Path, max_length: int) -> Path:
-    tokenizer = byte_tokenizer(max_length)
+def _sizes(
+    *,
+    vocab_size: int = 320,
+    hidden_size: int = 64,
+    layers: int = 2,
+    max_length: int = 1024,
+    initializer_range: float = 0.2,
+) -> dict[str, Any]:
+    """What both families' configurations have in common. Head dimension 32, float32."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": max_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "initializer_range": initializer_range,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "pad_token_id": 257,
+        "dtype": "float32",
+    }
+
+
+def _save(family: type[PreTrainedModel], config: PretrainedConfig, directory: Path, seed: int) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = family(config)
+    tokenizer = byte_tokenizer(config.max_position_embeddings)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-def tiny_qwen3(
-    directory: Path,
-    *,
-    tied: bool = True,
-    seed: int = 0,
-    vocab_size: int = 320,
-    hidden_size: int = 64,
-    layers: int = 2,
-    max_length: int = 1024,
-    initializer_range: float = 0.2,
-) -> Path:
-    """Write a float32 Qwen3 (head dimension 32) with a byte tokenizer into `directory` and return `directory`."""
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=max_length,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=initializer_range,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    return _save(model, directory, max_length)
+def tiny_qwen3(directory: Path, *, tied: bool = True, seed: int = 0, **sizes: Any) -> Path:
+    """Write a Qwen3 with a byte tokenizer into `directory` and return `directory`. `sizes`: see `_sizes`."""
+    return _save(Qwen3ForCausalLM, Qwen3Config(**_sizes(**sizes), tie_word_embeddings=tied), directory, seed)
 
 
-def tiny_llama(
-    directory: Path,
-    *,
-    seed: int = 0,
-    vocab_size: int = 320,
-    hidden_size: int = 64,
-    layers: int = 2,
-    max_length: int = 1024,
-    initializer_range: float = 0.2,
-) -> Path:
-    """Write a float32 Llama with untied embeddings and a byte tokenizer into `directory` and return `directory`."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=max_length,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=initializer_range,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    return _save(model, directory, max_length)
+def tiny_llama(directory: Path, *, seed: int = 0, **sizes: Any) -> Path:
+    """Write an untied Llama with a byte tokenizer into `directory` and return `directory`. `sizes`: see `_sizes`."""
+    return _save(LlamaForCausalLM, LlamaConfig(**_sizes(**sizes), tie_word_embeddings=False), directory, seed)

@@ -7,8 +7,7 @@ from typing import Any
 import httpx
 import torch
 
-from common.threshold import GroupStatistics, History
-from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
+from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
 from common.weights import WeightUpdate
 from rollout_server.http.admin import WeightLoader, admin_app
 from rollout_server.http.app import public_app
@@ -18,37 +17,38 @@ from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import Tracing
 from rollout_server.monitor import Field
 from rollout_server.records import JudgementRecord
+from tests.http_server import events
 from tests.models import byte_tokenizer
+from tests.trajectories import attempt_of
 
 EOS = 256
-Script = Callable[[ResponseRequest], list[tuple[str, str]]]
+ERASING: list[tuple[Verdict, str]] = [
+    ("accepted", "Ünd "),
+    ("erased", "€wro"),
+    ("erased", "ng😀"),
+    ("accepted", "right"),
+    ("accepted", "."),
+]
+"""A script in which the second segment is erased twice; characters of one to four bytes."""
+Script = Callable[[ResponseRequest], list[tuple[Verdict, str]]]
 """What a response is: attempts in order, each `("erased" | "accepted", text)`."""
 
 
-JUDGEMENT = Judgement(
-    uncertainty=1.5,
-    base=1.5,
-    extreme=0.0,
-    gradient=0.0,
-    baseline=None,
-    penalty=1.0,
-    modulation=1.0,
-    threshold=None,
-    statistics=GroupStatistics(0, 0, 0, 0, 0, 0),
-    history=History(),
-    erased_tokens_before=0,
-)
+UNCERTAINTY = 1.5
+"""U of every segment."""
 
 
 class StubReplica:
     """Implements `Replica`. `script` makes the attempts of a monitored response, and the text of a plain one.
 
-    `delay` (seconds) comes before each attempt; `failures` are raised, one a call, before anything is said.
+    A response waits for `gate`, if there is one, before attempt number `said_before_gate` of its script. `failures`
+    are raised, one a call, before anything is said.
     """
 
-    def __init__(self, script: Script, delay: float = 0.0) -> None:
+    def __init__(self, script: Script, gate: asyncio.Event | None = None, said_before_gate: int = 0) -> None:
         self.script = script
-        self.delay = delay
+        self.gate = gate
+        self.said_before_gate = said_before_gate
         self.failures: list[Exception] = []
         self.requests: list[ResponseRequest] = []
         self.under_way = 0
@@ -75,23 +75,22 @@ class StubReplica:
         position = segment = number = 0
         script = self.script(request)
         for place, (verdict, text) in enumerate(script):
-            await asyncio.sleep(self.delay)
+            if self.gate is not None and place >= self.said_before_gate:
+                await self.gate.wait()
+            await asyncio.sleep(0)
             token_ids = self.tokenizer(text)["input_ids"] if text else []
             if place == len(script) - 1 and not request.ignore_eos:
                 token_ids.append(EOS)
-            attempt = Attempt(
+            attempt = attempt_of(
+                token_ids,
                 segment=segment,
-                attempt=number,
+                number=number,
                 start=position,
-                end=position + len(token_ids),
-                token_ids=token_ids,
-                logprobs=[-1.0] * len(token_ids),
-                behaviour_logprobs=[-1.0] * len(token_ids),
-                signal=[1.0] * len(token_ids),
-                temperature=request.temperature,
-                versions=[VersionSpan(start=0, end=len(token_ids), version=7)],
                 verdict=verdict,
-                judgement=None if request.policy is None else JUDGEMENT,
+                logprobs=[-1.0] * len(token_ids),
+                temperature=request.temperature,
+                version=7,
+                uncertainty=None if request.policy is None else UNCERTAINTY,
             )
             attempts.append(attempt)
             if listener is not None:
@@ -141,7 +140,7 @@ def _record(attempt: Attempt, *, final: bool) -> JudgementRecord:
     fields[Field.ATTEMPT] = attempt.attempt
     fields[Field.START] = attempt.start
     fields[Field.END] = attempt.end
-    fields[Field.UNCERTAINTY] = 1.5
+    fields[Field.UNCERTAINTY] = UNCERTAINTY
     fields[Field.THRESHOLD] = float("inf")
     fields[Field.BASELINE] = float("inf")
     fields[Field.ERASED] = float(attempt.verdict == "erased")
@@ -175,6 +174,13 @@ class StubServer:
     async def post(self, route: str = "/v1/completions", **body: Any) -> httpx.Response:
         return await self.client.post(route, json={"model": "stub", **body})
 
+    async def stream(self, route: str = "/v1/completions", **body: Any) -> list[dict[str, Any]]:
+        """The chunks of a stream, which must begin and end as one."""
+        answer = await self.post(route, stream=True, **body)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "text/event-stream"
+        return list(events(iter(answer.text.split("\n"))))
+
 
 def _transport(app: Any) -> httpx.ASGITransport:
     return httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -183,3 +189,15 @@ def _transport(app: Any) -> httpx.ASGITransport:
 def saying(*texts: str) -> Script:
     """Accepted segments with these texts."""
     return lambda request: [("accepted", text) for text in texts]
+
+
+def erasing_server(**settings: Any) -> StubServer:
+    """A server whose replica answers everything with `ERASING`."""
+    return StubServer(StubReplica(lambda request: list(ERASING)), **settings)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the other tasks run until the condition holds; TimeoutError after 10 s."""
+    async with asyncio.timeout(10.0):
+        while not condition():
+            await asyncio.sleep(0)

@@ -29,33 +29,41 @@ def judgement(uncertainty: float) -> Judgement:
     )
 
 
-def attempt(
-    rng: np.random.Generator,
+def attempt_of(
+    token_ids: Sequence[int],
+    *,
     segment: int,
     start: int,
-    length: int,
-    *,
     number: int = 0,
     verdict: Verdict = "accepted",
+    logprobs: Sequence[float] | None = None,
     temperature: float = 1.0,
+    version: int = 0,
     uncertainty: float | None = None,
 ) -> Attempt:
-    """An attempt with random tokens below 256 and log-probs between -6 and -0.1."""
-    logprobs = rng.uniform(-6.0, -0.1, length).tolist()
+    """An attempt of these tokens. `logprobs`: -0.5 each unless given; the signal is their cross-entropy."""
+    values = [-0.5] * len(token_ids) if logprobs is None else list(logprobs)
     return Attempt(
         segment=segment,
         attempt=number,
         start=start,
-        end=start + length,
-        token_ids=rng.integers(0, 256, length).tolist(),
-        logprobs=logprobs,
-        behaviour_logprobs=logprobs,
-        signal=[-value for value in logprobs],
+        end=start + len(token_ids),
+        token_ids=list(token_ids),
+        logprobs=values,
+        behaviour_logprobs=values,
+        signal=[-value for value in values],
         temperature=temperature,
-        versions=[VersionSpan(start=0, end=length, version=0)],
+        versions=[VersionSpan(start=0, end=len(token_ids), version=version)],
         verdict=verdict,
         judgement=None if uncertainty is None else judgement(uncertainty),
     )
+
+
+def attempt(rng: np.random.Generator, segment: int, start: int, length: int, **options: Any) -> Attempt:
+    """An attempt with random tokens below 256 and log-probs between -6 and -0.1; `options` are `attempt_of`'s."""
+    logprobs = rng.uniform(-6.0, -0.1, length).tolist()
+    tokens = rng.integers(0, 256, length).tolist()
+    return attempt_of(tokens, segment=segment, start=start, logprobs=logprobs, **options)
 
 
 def trajectory(

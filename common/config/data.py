@@ -1,6 +1,6 @@
 """Where prompts come from and how responses are rewarded."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,18 +24,32 @@ class ColumnMapping(StrictModel):
     id: str | None = None
 
 
-class FileData(StrictModel):
+class _Rows(StrictModel):
+    """What data sets of rows have in common.
+
+    `system_prompt`: a message of its own before a prompt that is text; a prompt that is a list of messages has its own.
+    """
+
+    columns: ColumnMapping = ColumnMapping()
+    chat: bool = Field(default=True, description="Apply the tokenizer's chat template to the prompt.")
+    system_prompt: str | None = None
+
+    @model_validator(mode="after")
+    def _system_prompt_has_a_template(self) -> Self:
+        if self.system_prompt is not None and not self.chat:
+            raise ValueError("system_prompt needs chat: true; without the chat template it would be left out")
+        return self
+
+
+class FileData(_Rows):
     """Local JSONL or Parquet files; the ending of the name decides."""
 
     source: Literal["file"] = "file"
     train_path: str
     test_path: str
-    columns: ColumnMapping = ColumnMapping()
-    chat: bool = Field(default=True, description="Apply the tokenizer's chat template to the prompt.")
-    system_prompt: str | None = None
 
 
-class HuggingFaceData(StrictModel):
+class HuggingFaceData(_Rows):
     """A data set of the Hugging Face hub, by name. `test_split` null holds out `test_problems` of the train split."""
 
     source: Literal["huggingface"] = "huggingface"
@@ -46,9 +60,6 @@ class HuggingFaceData(StrictModel):
     test_split: str | None = None
     test_problems: int = Field(default=500, ge=1)
     max_train_problems: int | None = Field(default=None, ge=1)
-    columns: ColumnMapping = ColumnMapping()
-    chat: bool = True
-    system_prompt: str | None = None
 
 
 Data = Annotated[ChainData | FileData | HuggingFaceData, Field(discriminator="source")]

@@ -21,10 +21,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "grpo": {
         "rollout": {"group_share": {"mode": "fixed", "share": 0.0}},
-        "learner": {"advantage": {"credit": {"kind": "uniform"}, "normalise": "sequence"}},
+        "learner": {"advantage": {"credit": {"kind": "uniform"}, "normalise": "sequence", "erased_weight": 0.0}},
     },
-    # Differs from the run that it controls in nothing but how the treated share is generated.
-    "temperature_control": {"rollout": {"treatment": {"kind": "temperature", "temperature": 0.5}}},
+    # Differs from the run that it controls in how the treated share is generated, and so has no erased attempts.
+    "temperature_control": {
+        "rollout": {"treatment": {"kind": "temperature", "temperature": 0.5}},
+        "learner": {"advantage": {"erased_weight": 0.0}},
+    },
 }
 """What each preset sets; `e3rl` is the defaults, `paper` what the paper describes, the others are baselines."""
 

@@ -112,11 +112,14 @@ class AdvantageConfig(StrictModel):
     erased_weight: float = Field(default=0.0, ge=0.0, le=10.0)
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimizerConfig(StrictModel):
     """AdamW with linear warm-up, then a schedule over the run's optimizer steps."""
 
     learning_rate: float = Field(default=1e-6, ge=0.0, le=1.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     epsilon: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     warmup_steps: int = Field(default=5, ge=0)
@@ -198,7 +201,7 @@ class RunConfig(StrictModel):
             _segments_fit,
             _share_is_whole,
             _batches_fit,
-            _credit_has_segments,
+            _negatives_exist,
             _precision_fits,
         ):
             check(self)
@@ -247,10 +250,13 @@ def _batches_fit(config: RunConfig) -> None:
         )
 
 
-def _credit_has_segments(config: RunConfig) -> None:
-    advantage = config.learner.advantage
-    if advantage.erased_weight > 0.0 and config.rollout.treatment.kind != "erasure":
-        raise ValueError("learner.advantage.erased_weight needs rollout.treatment 'erasure': nothing is erased else")
+def _negatives_exist(config: RunConfig) -> None:
+    erases = config.rollout.treatment.kind == "erasure" and config.treated_per_group > 0
+    if config.learner.advantage.erased_weight > 0.0 and not erases:
+        raise ValueError(
+            "learner.advantage.erased_weight needs rollout.treatment 'erasure' and a group_share above 0: "
+            "nothing is erased else"
+        )
 
 
 def _precision_fits(config: RunConfig) -> None:

@@ -35,7 +35,7 @@ class Rewards(Protocol):
         ...
 
     async def close(self) -> None:
-        """Stop whatever `start` started."""
+        """Stop whatever `start` started. May be called twice, and after a `start` that failed."""
         ...
 
 

@@ -1,7 +1,9 @@
 """The chain task's reward: 1 if every written step is right. Milliseconds for a whole step, so no process for it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from learner.data import Row
+from learner.errors import InputError
 from learner.rewards.base import RewardError, RewardItem, Scores
 from learner.tasks import chain
 
@@ -17,6 +19,17 @@ class ChainRewards:
 
     async def close(self) -> None:
         pass
+
+
+def check_prompts(rows: Iterable[Row]) -> None:
+    """Raise InputError for a problem that is no chain: its responses could not be rewarded."""
+    for row in rows:
+        try:
+            chain.parse_prompt(row.text)
+        except ValueError as error:
+            raise InputError(
+                f"reward.kind 'chain' can't check prompt {row.id!r}: {error}. Choose 'math' or 'function'"
+            ) from error
 
 
 def _score(item: RewardItem) -> float:

@@ -5,6 +5,7 @@ only and not against a hang in C code. So every call runs in a process that is k
 """
 
 import asyncio
+import logging
 import math
 import multiprocessing
 import os
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from learner.rewards.base import RewardItem
+
+log = logging.getLogger(__name__)
 
 RewardFunction = Callable[[RewardItem], Any]
 START_SECONDS = 120.0
@@ -98,13 +101,15 @@ class Worker:
 
     def call(self, item: RewardItem, timeout_seconds: float) -> Outcome:
         """The item's reward, or a time-out, after which the process is killed."""
+        if self._process is not None and not self._process.is_alive():
+            # Killed from outside while it had nothing to do: no fault of this item.
+            log.warning("a reward worker died (exit status %s) and is started again", self._process.exitcode)
+            self.stop()
         if self._connection is None:
             started = self.start()
             if started.error is not None:
                 return started
-        assert self._connection is not None
-        self._connection.send(item)
-        return self._receive(timeout_seconds)
+        return self._receive(timeout_seconds, item)
 
     def stop(self) -> None:
         """Kill the process, if there is one."""
@@ -115,9 +120,12 @@ class Worker:
             self._process.join(STOP_SECONDS)
         self._connection = self._process = None
 
-    def _receive(self, timeout_seconds: float) -> Outcome:
+    def _receive(self, timeout_seconds: float, item: RewardItem | None = None) -> Outcome:
+        """What the process answers, to `item` if there is one. Without an answer the process is killed."""
         assert self._connection is not None
         try:
+            if item is not None:
+                self._connection.send(item)
             if self._connection.poll(timeout_seconds):
                 outcome: Outcome = self._connection.recv()
                 return outcome

@@ -11,7 +11,7 @@ from common.weights import WeightUpdate
 from rollout_server.http.base_app import base_app
 from rollout_server.http.checkpoints import prepare_update
 from rollout_server.http.errors import ApiError
-from rollout_server.http.openapi import describe, errors, read_body, takes
+from rollout_server.http.openapi import errors, read_body, takes
 from rollout_server.http.replicas import Member
 from rollout_server.http.schema.service import (
     LastSync,
@@ -77,7 +77,8 @@ class WeightLoader:
 
 def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
     """The app of the admin listener."""
-    app = base_app(service, "E3RL administration", "Weights, pause and resume of the replicas.")
+    description = "Weights, pause and resume of the replicas."
+    app = base_app(service, "E3RL administration", description, bodies=[SyncRequest, PauseRequest])
 
     @app.get("/weights", responses=errors(), summary="What each replica holds")
     async def weights() -> Weights:
@@ -116,7 +117,6 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
             raise ApiError(504, "the replicas did not resume in time", code="deadline_exceeded") from None
         return PauseState(paused=False, mode=None)
 
-    describe(app, [SyncRequest, PauseRequest], [], bool(service.settings.api_key))
     return app
 
 

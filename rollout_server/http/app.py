@@ -15,7 +15,7 @@ from rollout_server.http.choice import ChoiceOptions
 from rollout_server.http.encoders import NDJSON, SSE, ChatEncoder, CompletionEncoder, RolloutEncoder
 from rollout_server.http.errors import bad_request, unavailable
 from rollout_server.http.middleware import REQUEST_ID, SPAN, STARTED, header
-from rollout_server.http.openapi import describe, errors, read_body, streamed, takes
+from rollout_server.http.openapi import errors, read_body, streamed, takes
 from rollout_server.http.prompts import chat_prompt, check_token_ids, completion_prompts
 from rollout_server.http.schema.chat import ChatChunk, ChatCompletion, ChatRequest
 from rollout_server.http.schema.completion import (
@@ -35,7 +35,13 @@ GENERATION_ERRORS = (400, 404, 429, 503, 504)
 
 def public_app(service: Service) -> FastAPI:
     """The app of the public listener."""
-    app = base_app(service, "E3RL", DESCRIPTION)
+    app = base_app(
+        service,
+        "E3RL",
+        DESCRIPTION,
+        bodies=[CompletionRequest, ChatRequest, RolloutRequest],
+        streams=[CompletionChunk, ChatChunk, Trajectory],
+    )
     stream_text = "With `stream`: chunks as server-sent events, then `data: [DONE]`."
 
     @app.post(
@@ -72,12 +78,6 @@ def public_app(service: Service) -> FastAPI:
         return await _rollouts(service, request, await read_body(request, RolloutRequest))
 
     _service_routes(app, service)
-    describe(
-        app,
-        [CompletionRequest, ChatRequest, RolloutRequest],
-        [CompletionChunk, ChatChunk, Trajectory],
-        bool(service.settings.api_key),
-    )
     return app
 
 

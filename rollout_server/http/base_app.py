@@ -9,16 +9,23 @@ from starlette.exceptions import HTTPException
 
 from rollout_server.http.errors import ApiError, bad_request, of_status, parameter
 from rollout_server.http.middleware import REQUEST_ID, Authenticate, LimitBody, Observe
-from rollout_server.http.openapi import errors
+from rollout_server.http.openapi import DescribedApp, Models, errors
 from rollout_server.http.schema.service import Health
 from rollout_server.http.service import Service
 
 VERSION = "0.1.0"
 
 
-def base_app(service: Service, title: str, description: str) -> FastAPI:
-    """An app with `/health`, the limits, and no way to answer an error in another shape."""
-    app = FastAPI(
+def base_app(service: Service, title: str, description: str, bodies: Models, streams: Models = ()) -> FastAPI:
+    """An app with `/health`, the limits, and no way to answer an error in another shape.
+
+    `bodies` and `streams`: see `DescribedApp`.
+    """
+    settings = service.settings
+    app = DescribedApp(
+        bodies=bodies,
+        streams=streams,
+        needs_key=bool(settings.api_key),
         title=title,
         version=VERSION,
         description=description,
@@ -26,7 +33,6 @@ def base_app(service: Service, title: str, description: str) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    settings = service.settings
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     app.add_middleware(Authenticate, keys=settings.api_key)
     app.add_middleware(Observe, metrics=service.metrics, tracing=service.tracing)

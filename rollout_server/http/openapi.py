@@ -1,9 +1,9 @@
 """What FastAPI's schema lacks because bodies are read here: request bodies, errors, keys."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
@@ -26,6 +26,7 @@ _EXPLANATIONS = {
 EVERYWHERE = (401, 408, 413, 431, 500)
 
 Body = TypeVar("Body", bound=BaseModel)
+Models = Sequence[type[BaseModel]]
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:
@@ -60,23 +61,26 @@ def streamed(media_type: str, model: type[BaseModel], text: str) -> dict[str, An
     return {"content": {media_type: {"schema": schema}}}
 
 
-def describe(app: FastAPI, bodies: list[type[BaseModel]], streams: list[type[BaseModel]], needs_key: bool) -> None:
-    """Make the app's OpenAPI schema complete: `bodies` are the models of requests, `streams` those of streams."""
+class DescribedApp(FastAPI):
+    """An app with a complete OpenAPI schema. `bodies`: the models of requests; `streams`: those of streams' parts."""
 
-    def schema() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            result = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            components = result.setdefault("components", {}).setdefault("schemas", {})
-            modes: list[Any] = [(model, "validation") for model in bodies]
-            modes += [(model, "serialization") for model in streams]
-            _, definitions = models_json_schema(modes, ref_template=REFERENCE)
-            components.update(definitions.get("$defs", {}))
-            if needs_key:
-                result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-                for path, operations in result["paths"].items():
-                    for operation in operations.values():
-                        operation["security"] = [] if path == "/health" else [{"key": []}]
-            app.openapi_schema = result
-        return app.openapi_schema
+    def __init__(self, *, bodies: Models, streams: Models, needs_key: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._modes: list[Any] = [(model, "validation") for model in bodies]
+        self._modes += [(model, "serialization") for model in streams]
+        self._needs_key = needs_key
 
-    app.openapi = schema  # type: ignore[method-assign]
+    def openapi(self) -> dict[str, Any]:
+        """The schema, made at the first call."""
+        if self.openapi_schema is not None:
+            return self.openapi_schema
+        result = super().openapi()
+        components = result.setdefault("components", {}).setdefault("schemas", {})
+        _, definitions = models_json_schema(self._modes, ref_template=REFERENCE)
+        components.update(definitions.get("$defs", {}))
+        if self._needs_key:
+            result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, operations in result["paths"].items():
+                for operation in operations.values():
+                    operation["security"] = [] if path == "/health" else [{"key": []}]
+        return result

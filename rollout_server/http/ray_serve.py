@@ -4,7 +4,7 @@ import asyncio
 import signal
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 from ray import serve
 from starlette.types import Receive, Scope, Send
@@ -83,7 +83,9 @@ def run_on_serve(settings: ServerSettings) -> int:
         "ray_actor_options": {"num_cpus": 1},
     }
     try:
-        handle = serve.run(Endpoint.options(**options).bind(settings), name=DEPLOYMENT, route_prefix="/")  # type: ignore[attr-defined]
+        # A type checker does not see what the decorators make of a class.
+        deployment = cast(serve.Deployment, Endpoint).options(**options)
+        handle = serve.run(deployment.bind(settings), name=DEPLOYMENT, route_prefix="/")
         print(handle.banner.remote().result(timeout_s=60.0), flush=True)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         signal.sigwait({signal.SIGTERM, signal.SIGINT})

@@ -27,223 +27,92 @@ def _split(value: Any) -> Any:
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 
 
+class _Group:
+    """A heading of `--help`; called, it is a pydantic `Field` below that heading. Default `...`: it must be given."""
+
+    def __init__(self, heading: str) -> None:
+        self._heading = heading
+
+    def __call__(self, default: Any, description: str, **bounds: Any) -> Any:
+        return Field(default, description=description, json_schema_extra={"group": self._heading}, **bounds)
+
+
+_model = _Group("model")
+_listeners = _Group("listeners")
+_erasure = _Group("erasure")
+_replicas = _Group("replicas")
+_limits = _Group("limits")
+_observability = _Group("observability")
+
+
 class ServerSettings(BaseSettings):
-    """What `python -m rollout_server` takes. `group` is the heading in `--help`."""
+    """What `python -m rollout_server` takes."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True
     )
 
-    model: str = Field(
-        min_length=1,
-        description="Model directory, or the name of a model on the Hugging Face hub.",
-        json_schema_extra={"group": "model"},
+    model: str = _model(..., "Model directory, or the name of a model on the Hugging Face hub.", min_length=1)
+    served_model_name: str | None = _model(
+        None, "Name that clients use (default: the last part of --model).", min_length=1, max_length=256
     )
-    served_model_name: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=256,
-        description="Name that clients use (default: the last part of --model).",
-        json_schema_extra={"group": "model"},
+    revision: str | None = _model(None, "Revision on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16"] = _model("auto", "auto: float32 on CPU, bfloat16 on GPUs.")
+    max_length: int | None = _model(
+        None, "Prompt and response together, in tokens (default: what the model was made for).", ge=16, le=16_777_216
     )
-    revision: str | None = Field(default=None, description="Revision on the hub.", json_schema_extra={"group": "model"})
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="auto: float32 on CPU, bfloat16 on GPUs.",
-        json_schema_extra={"group": "model"},
+    policy_version: int = _model(0, "Version that the weights in --model count as.", ge=0, le=2**62)
+    generation_config: Literal["auto", "none"] = _model(
+        "auto", "auto: a request without temperature, top_p, top_k or min_p takes the model's own defaults."
     )
-    max_length: int | None = Field(
-        default=None,
-        ge=16,
-        le=16_777_216,
-        description="Prompt and response together, in tokens (default: what the model was made for).",
-        json_schema_extra={"group": "model"},
-    )
-    policy_version: int = Field(
-        default=0,
-        ge=0,
-        le=2**62,
-        description="Version that the weights in --model count as.",
-        json_schema_extra={"group": "model"},
-    )
-    generation_config: Literal["auto", "none"] = Field(
-        default="auto",
-        description="auto: a request without temperature, top_p, top_k or min_p takes the model's own defaults.",
-        json_schema_extra={"group": "model"},
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="Run code that comes with the model.", json_schema_extra={"group": "model"}
-    )
+    trust_remote_code: bool = _model(False, "Run code that comes with the model.")
 
-    host: str = Field(
-        default="127.0.0.1", description="Address of the public listener.", json_schema_extra={"group": "listeners"}
-    )
-    port: int = Field(
-        default=8000,
-        ge=0,
-        le=65535,
-        description="Port of the public listener; 0: any free one.",
-        json_schema_extra={"group": "listeners"},
-    )
-    admin_host: str = Field(
-        default="127.0.0.1", description="Address of the admin listener.", json_schema_extra={"group": "listeners"}
-    )
-    admin_port: int = Field(
-        default=8001,
-        ge=0,
-        le=65535,
-        description="Port of the admin listener; 0: any free one.",
-        json_schema_extra={"group": "listeners"},
-    )
-    api_key: Keys = Field(
-        default=(),
-        description="Key that clients must send as a bearer token; may be given several times. Better set in the "
+    host: str = _listeners("127.0.0.1", "Address of the public listener.")
+    port: int = _listeners(8000, "Port of the public listener; 0: any free one.", ge=0, le=65535)
+    admin_host: str = _listeners("127.0.0.1", "Address of the admin listener.")
+    admin_port: int = _listeners(8001, "Port of the admin listener; 0: any free one.", ge=0, le=65535)
+    api_key: Keys = _listeners(
+        (),
+        "Key that clients must send as a bearer token; may be given several times. Better set in the "
         "environment, where other users do not see it.",
-        json_schema_extra={"group": "listeners"},
     )
 
-    erasure: ErasurePolicy = Field(
-        default=ErasurePolicy(),
-        description="Policy for requests without an `erasure` object, and what such objects leave out. JSON.",
-        json_schema_extra={"group": "erasure"},
+    erasure: ErasurePolicy = _erasure(
+        ErasurePolicy(), "Policy for requests without an `erasure` object, and what such objects leave out. JSON."
     )
-    erasure_enabled: bool = Field(
-        default=True,
-        description="Whether requests without an `erasure` object are generated with erasure.",
-        json_schema_extra={"group": "erasure"},
+    erasure_enabled: bool = _erasure(True, "Whether requests without an `erasure` object are generated with erasure.")
+
+    replicas: int = _replicas(1, "Copies of the model. 1: in this process; more: Ray actors.", ge=1, le=1024)
+    serve: bool = _replicas(False, "Run as a Ray Serve deployment on the connected cluster.")
+    ray_address: str | None = _replicas(None, "Ray cluster to connect to (default: RAY_ADDRESS, else a local one).")
+    max_concurrent_responses: int = _replicas(64, "Responses that one replica generates at a time.", ge=1, le=8192)
+    tensor_parallel_size: int = _replicas(1, "GPUs of one replica.", ge=1, le=64)
+    kv_cache_gib: int = _replicas(1, "KV cache of a replica on CPU.", ge=1, le=4096)
+    num_gpu_blocks_override: int | None = _replicas(
+        None, "KV blocks of a replica, in place of what its memory would hold (vLLM's setting).", ge=2, le=1_000_000_000
+    )
+    gpu_memory_utilization: float = _replicas(0.85, "Share of a GPU's memory that a replica may use.", gt=0.0, le=1.0)
+    enforce_eager: bool = _replicas(True, "Run without compilation and CUDA graphs: starts faster.")
+    start_seconds: float = _replicas(600.0, "Deadline for replicas to start.", gt=0.0, le=86_400.0)
+    sync_seconds: float = _replicas(120.0, "Deadline for a weight sync.", gt=0.0, le=86_400.0)
+
+    max_body_bytes: int = _limits(4 * 2**20, "Longest request body.", ge=1024, le=2**30)
+    max_choices: int = _limits(1024, "Responses that one request may ask for: prompts times n.", ge=1, le=65_536)
+    max_waiting_requests: int = _limits(
+        1024, "Requests that wait for a place; more are answered with 429.", ge=0, le=1_000_000
+    )
+    request_seconds: float = _limits(600.0, "Deadline for a request, waiting included.", gt=0.0, le=86_400.0)
+    body_seconds: float = _limits(30.0, "Deadline for a request's body to arrive.", gt=0.0, le=3600.0)
+    probe_seconds: float = _limits(5.0, "Deadline for a replica to answer a probe.", gt=0.0, le=600.0)
+    shutdown_seconds: float = _limits(
+        30.0, "What requests under way have after SIGTERM before they are cancelled.", ge=0.0, le=3600.0
     )
 
-    replicas: int = Field(
-        default=1,
-        ge=1,
-        le=1024,
-        description="Copies of the model. 1: in this process; more: Ray actors.",
-        json_schema_extra={"group": "replicas"},
-    )
-    serve: bool = Field(
-        default=False,
-        description="Run as a Ray Serve deployment on the connected cluster.",
-        json_schema_extra={"group": "replicas"},
-    )
-    ray_address: str | None = Field(
-        default=None,
-        description="Ray cluster to connect to (default: RAY_ADDRESS, else a local one).",
-        json_schema_extra={"group": "replicas"},
-    )
-    max_concurrent_responses: int = Field(
-        default=64,
-        ge=1,
-        le=8192,
-        description="Responses that one replica generates at a time.",
-        json_schema_extra={"group": "replicas"},
-    )
-    tensor_parallel_size: int = Field(
-        default=1, ge=1, le=64, description="GPUs of one replica.", json_schema_extra={"group": "replicas"}
-    )
-    kv_cache_gib: int = Field(
-        default=1, ge=1, le=4096, description="KV cache of a replica on CPU.", json_schema_extra={"group": "replicas"}
-    )
-    num_gpu_blocks_override: int | None = Field(
-        default=None,
-        ge=2,
-        le=1_000_000_000,
-        description="KV blocks of a replica, in place of what its memory would hold (vLLM's setting).",
-        json_schema_extra={"group": "replicas"},
-    )
-    gpu_memory_utilization: float = Field(
-        default=0.85,
-        gt=0.0,
-        le=1.0,
-        description="Share of a GPU's memory that a replica may use.",
-        json_schema_extra={"group": "replicas"},
-    )
-    enforce_eager: bool = Field(
-        default=True,
-        description="Run without compilation and CUDA graphs: starts faster.",
-        json_schema_extra={"group": "replicas"},
-    )
-    start_seconds: float = Field(
-        default=600.0,
-        gt=0.0,
-        le=86_400.0,
-        description="Deadline for replicas to start.",
-        json_schema_extra={"group": "replicas"},
-    )
-    sync_seconds: float = Field(
-        default=120.0,
-        gt=0.0,
-        le=86_400.0,
-        description="Deadline for a weight sync.",
-        json_schema_extra={"group": "replicas"},
-    )
-
-    max_body_bytes: int = Field(
-        default=4 * 2**20,
-        ge=1024,
-        le=2**30,
-        description="Longest request body.",
-        json_schema_extra={"group": "limits"},
-    )
-    max_choices: int = Field(
-        default=1024,
-        ge=1,
-        le=65_536,
-        description="Responses that one request may ask for: prompts times n.",
-        json_schema_extra={"group": "limits"},
-    )
-    max_waiting_requests: int = Field(
-        default=1024,
-        ge=0,
-        le=1_000_000,
-        description="Requests that wait for a place; more are answered with 429.",
-        json_schema_extra={"group": "limits"},
-    )
-    request_seconds: float = Field(
-        default=600.0,
-        gt=0.0,
-        le=86_400.0,
-        description="Deadline for a request, waiting included.",
-        json_schema_extra={"group": "limits"},
-    )
-    body_seconds: float = Field(
-        default=30.0,
-        gt=0.0,
-        le=3600.0,
-        description="Deadline for a request's body to arrive.",
-        json_schema_extra={"group": "limits"},
-    )
-    probe_seconds: float = Field(
-        default=5.0,
-        gt=0.0,
-        le=600.0,
-        description="Deadline for a replica to answer a probe.",
-        json_schema_extra={"group": "limits"},
-    )
-    shutdown_seconds: float = Field(
-        default=30.0,
-        ge=0.0,
-        le=3600.0,
-        description="What requests under way have after SIGTERM before they are cancelled.",
-        json_schema_extra={"group": "limits"},
-    )
-
-    engine_metrics: bool = Field(
-        default=True,
-        description="Serve vLLM's own metrics too (of a replica in this process).",
-        json_schema_extra={"group": "observability"},
-    )
-    log_format: Literal["text", "json"] = Field(
-        default="text",
-        description="Form of log lines, on standard error.",
-        json_schema_extra={"group": "observability"},
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Least severe log lines shown.", json_schema_extra={"group": "observability"}
-    )
-    otlp_endpoint: str | None = Field(
-        default=None,
-        description="OpenTelemetry collector (OTLP over HTTP) that traces go to, e.g. http://localhost:4318/v1/traces.",
-        json_schema_extra={"group": "observability"},
+    engine_metrics: bool = _observability(True, "Serve vLLM's own metrics too (of a replica in this process).")
+    log_format: Literal["text", "json"] = _observability("text", "Form of log lines, on standard error.")
+    log_level: Literal["debug", "info", "warning", "error"] = _observability("info", "Least severe log lines shown.")
+    otlp_endpoint: str | None = _observability(
+        None, "OpenTelemetry collector (OTLP over HTTP) that traces go to, e.g. http://localhost:4318/v1/traces."
     )
 
     @field_validator("api_key")
@@ -285,7 +154,7 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
 
 def load_settings(flags: dict[str, Any], config: Path | None) -> ServerSettings:
@@ -299,16 +168,7 @@ def load_settings(flags: dict[str, Any], config: Path | None) -> ServerSettings:
         return ServerSettings(**flags)
 
     class FromFile(ServerSettings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=config)
+        model_config = SettingsConfigDict(yaml_file=config)
 
     with config.open("rb"):
         pass

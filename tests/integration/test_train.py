@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import metrics as names
 from learner.trajectory_files import read_trajectories
 from tests.models import tiny_qwen3
 
@@ -115,12 +116,13 @@ def test_a_run_leaves_metrics_report_plots_trajectories_and_a_model(whole: Path)
     metrics = lines(whole)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     for line in metrics:
-        assert line["rollout/generated_tokens"] >= line["rollout/erased_tokens"] >= 0
-        assert line["policy/version"] == line["step"]
-        parts = ("time/rollout_seconds", "time/train_seconds", "sync/seconds", "time/other_seconds")
-        assert sum(line[part] for part in parts) == pytest.approx(line["time/step_seconds"])
-    assert sum(line["rollout/erased_tokens"] for line in metrics) > 0
-    assert any(line["learner/loss"] for line in metrics)
+        assert line.keys() == names.ALL - {names.KL}
+        assert line[names.GENERATED_TOKENS] >= line[names.ERASED_TOKENS] >= 0
+        assert line[names.POLICY_VERSION] == line["step"]
+        parts = (names.ROLLOUT_SECONDS, names.TRAIN_SECONDS, names.SYNC_SECONDS, names.OTHER_SECONDS)
+        assert sum(line[part] for part in parts) == pytest.approx(line[names.STEP_SECONDS])
+    assert sum(line[names.ERASED_TOKENS] for line in metrics) > 0
+    assert any(line[names.LOSS] for line in metrics)
     report = json.loads((whole / "report.json").read_text())
     for key in ("plain_before", "plain_after", "erasable_before", "erasable_after"):
         assert report[key].keys() >= {"avg_at_k", "pass_at_k", "k", "cascade_rate", "generated_tokens"}
@@ -191,9 +193,9 @@ def test_a_run_that_was_killed_and_stopped_equals_one_that_was_not(place: Path, 
     status, output = train(place, "--name", "broken", "--resume")
     assert status == 0, output
     for mine, theirs in zip(lines(directory), lines(whole), strict=True):
-        for name in ("rollout/generated_tokens", "rollout/erased_tokens", "reward/mean"):
+        for name in (names.GENERATED_TOKENS, names.ERASED_TOKENS, names.REWARD_MEAN):
             assert mine[name] == theirs[name], (mine["step"], name)
-        for name in ("learner/loss", "learner/gradient_norm"):
+        for name in (names.LOSS, names.GRADIENT_NORM):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (mine["step"], name)
     for step in range(1, STEPS + 1):
         drawn = [

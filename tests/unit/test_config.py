@@ -1,5 +1,6 @@
 """Configurations: what is refused, and whether the message lets a user put it right."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,27 +8,17 @@ import pytest
 import yaml
 
 from common.config import ConfigError, RunConfig, build_config, dump_yaml, load_config, variant
-from common.config.loading import PRESETS, parse_assignment
+from common.config.loading import PRESETS, merge, parse_assignment
 from learner.train import derived_sizes, main
+from tests.configs import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "name": "test",
-        "steps": 4,
-        "model": {"path": "model", "max_length": 256},
-        "rollout": {
-            "groups_per_step": 4,
-            "responses_per_group": 4,
-            "max_prompt_tokens": 80,
-            "max_response_tokens": 152,
-            "erasure": {"segmentation": {"mode": "delimiter", "max_length": 16}},
-        },
-    }
-    return base | changes
+    base = merge(SETTINGS, {"rollout": {"groups_per_step": 4, "max_response_tokens": 152}})
+    return copy.deepcopy(base) | changes
 
 
 def refused(tmp_path: Path, *assignments: str) -> str:
@@ -91,6 +82,23 @@ def test_all_problems_are_reported_at_once_with_what_was_found(tmp_path: Path):
     assert "(found 'many')" in message
     assert "seed: " in message
     assert "(found -1)" in message
+
+
+def test_a_system_prompt_without_a_chat_template_is_refused():
+    data = {"source": "file", "train_path": "a.jsonl", "test_path": "a.jsonl", "chat": False, "system_prompt": "Think."}
+    with pytest.raises(ConfigError, match=r"data\.file: system_prompt needs chat: true"):
+        build_config(settings(data=data))
+
+
+def test_negatives_from_erasure_need_a_treated_share(tmp_path: Path):
+    no_share = ("rollout.group_share={mode: fixed, share: 0}", "learner.advantage.erased_weight=0.1")
+    assert "a group_share above 0" in refused(tmp_path, *no_share)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "temperature_control"])
+def test_a_run_that_learns_from_erased_attempts_has_baselines(preset: str):
+    config = build_config(settings(learner={"advantage": {"erased_weight": 0.1}}))
+    assert variant(config, preset, "baseline").learner.advantage.erased_weight == 0.0
 
 
 def test_a_temperature_control_does_not_take_negatives_from_erasure(tmp_path: Path):
@@ -202,6 +210,15 @@ def test_the_demo_is_as_its_issue_describes_it():
     assert config.learner.ranks == 2
     assert config.rollout.erasure.max_erasures == 5
     assert config.rollout.erasure.kappa == 0.0
+
+
+def test_a_token_budget_may_be_exceeded_by_the_step_that_reaches_it():
+    config = build_config(settings(rollout={**settings()["rollout"], "group_share": {"mode": "fixed", "share": 0.0}}))
+    in_all = "generated tokens in all"
+    assert dict(derived_sizes(config))[in_all] == f"at most {4 * 16 * 152:,} for training"
+    limited = config.model_copy(update={"token_budget": 100})
+    assert dict(derived_sizes(limited))[in_all] == f"at most {99 + 16 * 152:,} for training"
+    assert dict(derived_sizes(config.model_copy(update={"token_budget": 10**9}))) == dict(derived_sizes(config))
 
 
 @pytest.mark.parametrize(

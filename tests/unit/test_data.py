@@ -9,30 +9,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from common.config import RunConfig, build_config
+from common.config import RunConfig
 from common.trajectory import Prompt
 from learner.data import PromptStream, read_rows, tokenise
 from learner.errors import InputError
 from learner.tasks import chain
+from tests.configs import run_config
 from tests.models import byte_tokenizer
 
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n), "level": n} for n in range(6)]
 
 
 def config(data: dict[str, Any]) -> RunConfig:
-    return build_config(
-        {
-            "name": "test",
-            "steps": 1,
-            "model": {"path": "model", "max_length": 256},
-            "rollout": {
-                "max_prompt_tokens": 64,
-                "max_response_tokens": 64,
-                "erasure": {"segmentation": {"mode": "fixed", "length": 8}},
-            },
-            "data": data,
-        }
-    )
+    return run_config(data=data, rollout={"max_prompt_tokens": 64})
 
 
 def file_config(path: Path, **changes: Any) -> RunConfig:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from common.config import RunConfig, build_config
+from common import metrics as names
+from common.config import RunConfig
 from common.config.data import ShareAdaptive, ShareFixed
 from common.seeds import derive_seed
-from common.trajectory import Attempt, Group, Prompt, Trajectory, Verdict, VersionSpan
+from common.trajectory import Attempt, Group, Prompt, Trajectory, Verdict
 from learner.errors import PartError, part, summary
 from learner.step_checks import count_steps
 from learner.step_metrics import rollout_metrics
@@ -18,31 +19,16 @@ from learner.treatment import (
     plain_outcome,
     training_requests,
 )
+from tests.configs import run_config
 from tests.fake_parts import TOKENIZER
-from tests.trajectories import random_groups
+from tests.trajectories import attempt_of, random_groups
 
 PROMPT = Prompt(id="p7", text="a+1:2\n", token_ids=[1, 2, 3], answer="a+1=3\n")
 UNIFORM = {"advantage": {"credit": {"kind": "uniform"}}}
 
 
 def config(rollout: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
-    return build_config(
-        {
-            "name": "test",
-            "steps": 4,
-            "model": {"path": "model", "max_length": 256},
-            "rollout": {
-                "groups_per_step": 2,
-                "responses_per_group": 4,
-                "max_prompt_tokens": 80,
-                "max_response_tokens": 152,
-                "temperature": 0.9,
-                "erasure": {"segmentation": {"mode": "delimiter", "max_length": 16}},
-            }
-            | (rollout or {}),
-        }
-        | changes
-    )
+    return run_config(rollout={"max_response_tokens": 152, "temperature": 0.9} | (rollout or {}), **changes)
 
 
 def test_a_mixed_group_has_its_plain_members_first_and_they_are_monitored():
@@ -130,17 +116,17 @@ def test_rollout_metrics_equal_a_count_by_hand():
     attempts = [a for t in responses for a in t.attempts]
     erased = [a for a in attempts if a.verdict == "erased"]
     values = rollout_metrics(groups, 2, None)
-    assert values["rollout/generated_tokens"] == sum(len(a.token_ids) for a in attempts)
-    assert values["rollout/erased_tokens"] == sum(len(a.token_ids) for a in erased)
-    assert values["rollout/erasures"] == len(erased)
-    assert values["rollout/erase_rate"] == pytest.approx(len(erased) / len(attempts))
-    assert values["rollout/signal_share"] == 1.0
-    assert values["rollout/treated_share"] == 0.5
-    assert values["reward/mean"] == pytest.approx(sum(t.reward or 0 for t in responses) / 8)
+    assert values[names.GENERATED_TOKENS] == sum(len(a.token_ids) for a in attempts)
+    assert values[names.ERASED_TOKENS] == sum(len(a.token_ids) for a in erased)
+    assert values[names.ERASURES] == len(erased)
+    assert values[names.ERASE_RATE] == pytest.approx(len(erased) / len(attempts))
+    assert values[names.SIGNAL_SHARE] == 1.0
+    assert values[names.TREATED_SHARE] == 0.5
+    assert values[names.REWARD_MEAN] == pytest.approx(sum(t.reward or 0 for t in responses) / 8)
     treated = [t.reward or 0 for t in responses if t.sample >= 2]
-    assert values["reward/treated"] == pytest.approx(sum(treated) / len(treated))
-    assert values["rollout/threshold_mean"] is None
-    assert values["rollout/cascade_rate"] is None
+    assert values[names.REWARD_TREATED] == pytest.approx(sum(treated) / len(treated))
+    assert values[names.THRESHOLD_MEAN] is None
+    assert values[names.CASCADE_RATE] is None
 
 
 def response(lines: list[tuple[int, str, Verdict]], *, erasable: bool = True) -> Trajectory:
@@ -150,22 +136,7 @@ def response(lines: list[tuple[int, str, Verdict]], *, erasable: bool = True) ->
     for segment, line, verdict in lines:
         tokens = TOKENIZER.encode(line)
         number = numbers[segment] = numbers.get(segment, -1) + 1
-        zeros = [0.0] * len(tokens)
-        attempts.append(
-            Attempt(
-                segment=segment,
-                attempt=number,
-                start=position,
-                end=position + len(tokens),
-                token_ids=tokens,
-                logprobs=zeros,
-                behaviour_logprobs=zeros,
-                signal=zeros,
-                temperature=1.0,
-                versions=[VersionSpan(start=0, end=len(tokens), version=0)],
-                verdict=verdict,
-            )
-        )
+        attempts.append(attempt_of(tokens, segment=segment, number=number, start=position, verdict=verdict))
         if verdict == "accepted":
             position += len(tokens)
     committed = [line for _, line, verdict in lines if verdict == "accepted"]

@@ -5,27 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from common.config import build_config
+from common import metrics as names
 from common.trajectory import Group, Prompt
 from learner.evaluation import Evaluation, evaluate_groups, evaluation_requests, pass_at_k
 from learner.plots import draw_plots
 from learner.report import build_report, comparison_table, final_table
 from learner.step_checks import StepCounts
+from tests.configs import run_config
 from tests.trajectories import random_groups
 
-CONFIG = build_config(
-    {
-        "name": "test",
-        "steps": 4,
-        "model": {"path": "model", "max_length": 256},
-        "rollout": {
-            "max_prompt_tokens": 64,
-            "max_response_tokens": 64,
-            "erasure": {"segmentation": {"mode": "fixed", "length": 8}},
-        },
-        "evaluation": {"responses_per_problem": 3},
-    }
-)
+CONFIG = run_config(evaluation={"responses_per_problem": 3})
 PROMPTS = [Prompt(id=name, text=name, token_ids=[1, 2]) for name in "abc"]
 
 
@@ -64,7 +53,8 @@ def test_an_evaluation_averages_over_responses_and_over_problems():
     assert result.generated_tokens == sum(t.generated_tokens for g in groups for t in g.trajectories)
     erasable = evaluate_groups(8, "erasable", 3, groups, StepCounts(9, 6, 4, 1), seconds=2.0)
     assert erasable.recovered_rate == pytest.approx(1 / 4)
-    assert evaluate_groups(8, "plain", 3, groups, None, seconds=2.0).cascade_rate is None
+    unchecked = evaluate_groups(8, "plain", 3, groups, None, seconds=2.0, reward_timeouts=2)
+    assert (unchecked.cascade_rate, unchecked.reward_timeouts) == (None, 2)
 
 
 def test_plain_evaluation_is_plain_vllm_and_erasable_evaluation_erases_everywhere():
@@ -90,26 +80,26 @@ def evaluations() -> list[Evaluation]:
 METRICS = [
     {
         "step": step,
-        "rollout/generated_tokens": 100,
-        "rollout/erased_tokens": 10,
-        "rollout/erasures": 2,
-        "rollout/erase_rate": 0.1,
-        "rollout/uncertainty_mean": 0.4,
-        "rollout/threshold_mean": None,
-        "reward/mean": 0.5,
-        "time/rollout_seconds": 3.0,
-        "time/train_seconds": 1.0,
-        "sync/seconds": 0.5,
-        "time/other_seconds": 0.5,
-        "time/step_seconds": 5.0,
+        names.GENERATED_TOKENS: 100,
+        names.ERASED_TOKENS: 10,
+        names.ERASURES: 2,
+        names.ERASE_RATE: 0.1,
+        names.UNCERTAINTY_MEAN: 0.4,
+        names.THRESHOLD_MEAN: None,
+        names.REWARD_MEAN: 0.5,
+        names.ROLLOUT_SECONDS: 3.0,
+        names.TRAIN_SECONDS: 1.0,
+        names.SYNC_SECONDS: 0.5,
+        names.OTHER_SECONDS: 0.5,
+        names.STEP_SECONDS: 5.0,
     }
     for step in range(1, 5)
 ]
-PROCESS = {"start": 7.0, "peak_memory_gib": 1.5}
+PROCESS = {"start": 7.0, "process": 30.0}
 
 
 def test_the_report_has_the_names_that_other_tools_read():
-    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS)
+    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS, 1.5)
     for key, step in (("before", 0), ("after", 4)):
         for mode in ("plain", "erasable"):
             entry = report[f"{mode}_{key}"]
@@ -121,13 +111,15 @@ def test_the_report_has_the_names_that_other_tools_read():
     assert report["seconds"]["steps"] == 20.0
     assert report["seconds"]["evaluation"] == 6.0
     assert report["working_share"] == pytest.approx(0.8)
+    assert report["seconds"]["start"] == 7.0
     assert report["peak_memory_gib"] == 1.5
+    assert report["seconds"].keys() == {"rollout", "train", "sync", "other", "steps", "evaluation", "start", "process"}
 
 
 def test_tables_show_what_the_report_says(tmp_path: Path):
     from rich.console import Console
 
-    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS)
+    report = build_report("run", "e3rl", METRICS, evaluations(), PROCESS, 1.5)
     console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
     console.print(final_table(report, tmp_path))
     console.print(comparison_table([report, report | {"name": "run-grpo"}]))

@@ -1,6 +1,7 @@
 """The segment monitor against the reference mathematics, on made-up logits and without vLLM."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ SENTINELS = (48, 49)
 CPU = torch.device("cpu")
 
 
-def spec(policy: ErasurePolicy, **changes: object) -> SlotSpec:
+def spec(policy: ErasurePolicy, **changes: Any) -> SlotSpec:
     """A fresh response in group 0."""
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "policy": policy,
         "position": 0,
         "segment": 0,
@@ -34,10 +35,10 @@ def spec(policy: ErasurePolicy, **changes: object) -> SlotSpec:
         "group": 0,
         "prior": 0,
     } | changes
-    return SlotSpec(**values)  # type: ignore[arg-type]
+    return SlotSpec(**values)
 
 
-def monitor_for(policy: ErasurePolicy, slots: int, *, selects_rows: bool = True, **changes: object) -> SegmentMonitor:
+def monitor_for(policy: ErasurePolicy, slots: int, *, selects_rows: bool = True, **changes: Any) -> SegmentMonitor:
     """A monitor that follows `slots` responses of one group."""
     monitor = SegmentMonitor(VOCABULARY, CPU, SENTINELS, slots=2)
     monitor.selects_rows = selects_rows

@@ -23,7 +23,14 @@ async def test_what_is_judged_arrives_in_order_and_whole() -> None:
     inbox = Inbox()
     outbox = Outbox(inbox.address, threaded=False)
     arrived: list[JudgementRecord] = []
-    receiver = asyncio.create_task(inbox.receive(arrived.append))
+    complete = asyncio.Event()
+
+    def take(record: JudgementRecord) -> None:
+        arrived.append(record)
+        if len(arrived) == 3:
+            complete.set()
+
+    receiver = asyncio.create_task(inbox.receive(take))
     first = judged(
         [
             {Field.JUDGED: 1, Field.START: 4, Field.END: 6, Field.ERASED: 1, Field.THRESHOLD: math.inf},
@@ -35,8 +42,7 @@ async def test_what_is_judged_arrives_in_order_and_whole() -> None:
     outbox.put([(7, 1), (8, 1), (9, 2)], 5, first)
     outbox.put([(10, 3)], 6, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
     async with asyncio.timeout(10.0):
-        while len(arrived) < 3:
-            await asyncio.sleep(0.001)
+        await complete.wait()
     receiver.cancel()
     outbox.close()
     inbox.close()

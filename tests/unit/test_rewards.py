@@ -1,6 +1,7 @@
 """Rewards: right values, time limits that hold against a hang, and errors that name the prompt."""
 
 import asyncio
+import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -146,6 +147,21 @@ def test_scoring_does_not_block_the_event_loop():
         return turns
 
     assert asyncio.run(run()) > 20
+
+
+def test_a_worker_that_was_killed_between_two_calls_is_started_again():
+    async def run() -> list[float]:
+        rewards = make_rewards(user_function("length"))
+        try:
+            await rewards.start()
+            (worker,) = multiprocessing.active_children()
+            worker.kill()
+            worker.join(10.0)
+            return (await rewards.score(items("four"))).values
+        finally:
+            await rewards.close()
+
+    assert asyncio.run(run()) == [0.4]
 
 
 def test_workers_run_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path):

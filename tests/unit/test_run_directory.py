@@ -1,19 +1,21 @@
 """A run's directory: never shared, never overwritten, never half-written, not even on a full disk."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from common.config import RunConfig, build_config, load_config
+from common.config import RunConfig, load_config
 from learner.driver_state import DriverState, newest_state, save_state
-from learner.errors import DiskFullError, InputError, PartError
+from learner.errors import DiskFullError, InputError
 from learner.run_directory import (
     RunDirectory,
     append_line,
@@ -25,24 +27,12 @@ from learner.run_directory import (
     write_text,
 )
 from learner.trajectory_files import read_trajectories, write_trajectories
+from tests.configs import run_config
 from tests.trajectories import random_groups
 
 
 def config(tmp_path: Path, **changes: Any) -> RunConfig:
-    return build_config(
-        {
-            "name": "run",
-            "runs_directory": str(tmp_path / "runs"),
-            "steps": 4,
-            "model": {"path": "model", "max_length": 256},
-            "rollout": {
-                "max_prompt_tokens": 64,
-                "max_response_tokens": 64,
-                "erasure": {"segmentation": {"mode": "fixed", "length": 8}},
-            },
-        }
-        | changes
-    )
+    return run_config(name="run", runs_directory=str(tmp_path / "runs"), **changes)
 
 
 @contextmanager
@@ -54,22 +44,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, where mounting one is allowed."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system is not allowed here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def add_checkpoint(directory: RunDirectory, step: int) -> None:
@@ -150,6 +124,14 @@ def test_a_run_that_has_measured_nothing_may_be_resumed_with_other_settings(tmp_
     assert load_config(tmp_path / "runs" / "run" / "config.yaml").seed == 5
 
 
+def test_a_run_with_a_checkpoint_alone_goes_on_with_its_own_settings_only(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    add_checkpoint(directory, 0)
+    directory.close()
+    with pytest.raises(InputError, match="seed: 0 in the run, 5 now"):
+        RunDirectory.resume(config(tmp_path, seed=5))
+
+
 def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path: Path):
     directory = RunDirectory.create(config(tmp_path))
     for step in (8, 9, 10):
@@ -175,10 +157,12 @@ def test_going_back_to_a_checkpoint_forgets_what_came_after(tmp_path: Path):
     for step in range(1, 6):
         append_line(directory.metrics, json.dumps({"step": step}))
         (directory.trajectories / f"step_{step}.parquet").write_text("x")
+        add_checkpoint(directory, step)
     append_line(directory.evaluations, '{"step": 0}')
     append_line(directory.evaluations, '{"step": 5}')
     write_text(directory.report, "{}")
     directory.truncate(3)
+    assert directory.checkpoint_steps() == [1, 2, 3]
     assert [line["step"] for line in read_jsonl(directory.metrics)] == [1, 2, 3]
     assert read_jsonl(directory.evaluations) == [{"step": 0}]
     assert sorted(p.name for p in directory.trajectories.iterdir()) == [f"step_{n}.parquet" for n in (1, 2, 3)]
@@ -189,6 +173,13 @@ def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "rew')
     assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\x00\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is damaged"):
+        read_jsonl(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_new_one(tmp_path: Path):
@@ -223,8 +214,8 @@ def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path: Path):
     assert [line["step"] for line in read_jsonl(metrics)] == [1, 2]
 
 
-def test_a_disk_that_really_is_full_loses_nothing(small_disk: Path):
-    metrics, trajectories = small_disk / "metrics.jsonl", small_disk / "step_1.parquet"
+def test_a_file_that_fills_the_disk_keeps_its_whole_lines(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
     written = 0
 
     def fill() -> None:
@@ -233,18 +224,39 @@ def test_a_disk_that_really_is_full_loses_nothing(small_disk: Path):
             append_line(metrics, json.dumps({"step": written, "text": "x" * 4000}))
             written += 1
 
-    with pytest.raises(DiskFullError):
+    with files_of_at_most(2**16), pytest.raises(DiskFullError):
         fill()
+    assert written == 16
+    assert metrics.read_text().endswith("}\n")
     assert [line["step"] for line in read_jsonl(metrics)] == list(range(written))
-    with pytest.raises(PartError, match="the disk is full"):
-        write_trajectories(trajectories, 1, random_groups(0, 8, 8))
-    assert not list(small_disk.glob("step_1*"))
 
 
-def test_what_will_not_fit_is_refused_with_the_arithmetic(small_disk: Path):
-    require_space(small_disk / "step_1", 10_000)
+def test_trajectories_that_do_not_fit_are_not_there(tmp_path: Path):
+    path = tmp_path / "step_1.parquet"
+    with files_of_at_most(2**12), pytest.raises(DiskFullError, match=r"step_1\.parquet"):
+        write_trajectories(path, 1, random_groups(0, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), lambda path: write_trajectories(path, 1, [])])
+def test_no_space_left_on_the_device_keeps_the_old_file(tmp_path: Path, write: Callable[[Path], None]):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    # The kernel answers every write to /dev/full with ENOSPC.
+    (tmp_path / "file.partial").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match="No space left on device"):
+        write(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_will_not_fit_is_refused_with_the_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Of 20 free blocks 4 are reserved for root.
+    blocks = SimpleNamespace(f_frsize=4096, f_blocks=32, f_bfree=20, f_bavail=16)
+    monkeypatch.setattr(os, "statvfs", lambda path: blocks)
+    require_space(tmp_path / "step_1", 65_536)
     with pytest.raises(DiskFullError, match=r"step_1 \(it needs about 100,000 bytes, 65,536 are free\)"):
-        require_space(small_disk / "step_1", 100_000)
+        require_space(tmp_path / "step_1", 100_000)
 
 
 def test_trajectories_come_back_as_they_were_written(tmp_path: Path):

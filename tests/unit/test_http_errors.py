@@ -1,0 +1,98 @@
+"""What is wrong with a request, or with the server, is an error in OpenAI's shape that says so."""
+
+import json
+from typing import Any
+
+import pytest
+
+from rollout_server.http.schema.service import ErrorAnswer
+from tests.stub_replica import StubReplica, StubServer, erasing_server, saying
+
+WRONG: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"promt": "a"}, "promt", "unknown"),
+    ({"prompt": "a", "erasure": {"kapa": 1}}, "erasure.kapa", "unknown"),
+    ({"prompt": "a", "erasure": {"weights": {"bass": 1}}}, "erasure.weights.bass", "unknown"),
+    ({"prompt": "a", "erasure": {"segmentation": {"mode": "fixed", "len": 1}}}, "erasure.segmentation.len", "unknown"),
+    ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown"),
+    ({}, "prompt", "required"),
+    ({"prompt": ""}, "prompt", "at least 1"),
+    ({"prompt": []}, "prompt", "at least 1"),
+    ({"prompt": ["a", 1]}, "prompt", "valid string"),
+    ({"prompt": [320]}, "prompt", "below 320"),
+    ({"prompt": [[1], [400]]}, "prompt[1]", "below 320"),
+    ({"prompt": "a", "n": 0}, "n", "greater than or equal to 1"),
+    ({"prompt": "a", "n": 129}, "n", "less than or equal to 128"),
+    ({"prompt": "a", "n": "1"}, "n", "valid integer"),
+    ({"prompt": "a", "n": True}, "n", "valid integer"),
+    ({"prompt": "a", "temperature": 2.5}, "temperature", "less than or equal to 2"),
+    ({"prompt": "a", "temperature": 0}, "erasure.retry_temperature", "retry_temperature"),
+    ({"prompt": "a", "temperature": 0, "erasure": {"kappa": 1}}, "erasure.retry_temperature", "retry_temperature"),
+    ({"prompt": "a", "max_tokens": 1024}, "max_tokens", "1 tokens and the response at most 1024"),
+    ({"prompt": "a" * 1100}, "prompt", "has 1100 tokens"),
+    ({"prompt": "a", "stream_options": {}}, None, "stream_options can only"),
+    ({"prompt": "a", "stop": [""]}, "stop", "at least 1"),
+    ({"prompt": "a", "erasure": {"max_erasures": -1}}, "erasure.max_erasures", "greater"),
+    ({"prompt": "a", "erasure": {"segmentation": {"mode": "words"}}}, "erasure.segmentation", "fixed"),
+    ({"prompt": "a", "erasure": {"stream": "never"}}, "erasure.stream", "commit"),
+    ({"prompt": ["a"] * 1000, "n": 128}, "n", "128000 responses"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "text"), WRONG, ids=[json.dumps(body)[:60] for body, _, _ in WRONG])
+async def test_what_is_wrong_is_a_400_that_names_it(body: dict[str, Any], param: str | None, text: str) -> None:
+    async with erasing_server() as server:
+        answer = await server.post(**body)
+    error = ErrorAnswer.model_validate_json(answer.text).error
+    assert answer.status_code == 400
+    assert error.type == "invalid_request_error"
+    assert error.param == param
+    assert text in error.message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"{", b"[]", b"null", b"\xff", b'{"model":"stub","prompt":"a","temperature":NaN}', b"[" * 5000, b'"\\ud800"'],
+)
+async def test_what_is_no_json_object_is_a_400(raw: bytes) -> None:
+    async with erasing_server() as server:
+        answer = await server.client.post("/v1/completions", content=raw)
+    assert answer.status_code == 400
+    ErrorAnswer.model_validate_json(answer.text)
+
+
+async def test_unknown_models_routes_and_methods() -> None:
+    async with erasing_server() as server:
+        model = await server.post(model="/etc/passwd", prompt="a")
+        route = await server.client.get("/v2/nothing")
+        method = await server.client.delete("/v1/models")
+        slash = await server.client.get("/v1/models/")
+        admin = [await server.client.request(m, p) for m, p in (("GET", "/weights"), ("POST", "/pause"))]
+    assert (model.status_code, model.json()["error"]["param"]) == (404, "model")
+    assert "/etc" not in model.text
+    assert method.status_code == 405
+    assert method.headers["allow"] == "GET"
+    for answer in (model, route, method, slash, *admin):
+        ErrorAnswer.model_validate_json(answer.text)
+    assert {answer.status_code for answer in (route, slash, *admin)} == {404}
+
+
+async def test_a_template_that_refuses_is_a_400_and_so_is_none() -> None:
+    messages = [{"role": "user", "content": "a"}]
+    async with erasing_server() as server:
+        server.service.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        refused = await server.post("/v1/chat/completions", messages=messages)
+        server.service.tokenizer.chat_template = None
+        none = await server.post("/v1/chat/completions", messages=messages)
+    assert (refused.status_code, none.status_code) == (400, 400)
+    assert "roles must alternate" in refused.json()["error"]["message"]
+    assert none.json()["error"]["code"] == "no_chat_template"
+
+
+async def test_an_unexpected_failure_is_a_500_without_its_cause() -> None:
+    replica = StubReplica(saying("a"))
+    replica.failures = [ValueError("secret at /private/model")]
+    async with StubServer(replica) as server:
+        answer = await server.post(prompt="a")
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] in answer.json()["error"]["message"]

@@ -1,0 +1,73 @@
+"""What holds for every route: keys, longest bodies and headers, request ids, spans."""
+
+from typing import Any
+
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from pydantic import SecretStr
+
+from rollout_server.http.schema.service import ErrorAnswer
+from rollout_server.http.tracing import Tracing
+from tests.stub_replica import ERASING, erasing_server
+
+
+async def test_every_route_but_health_needs_a_key() -> None:
+    keys = ("first-key-123", "second-key-456")
+    async with erasing_server(api_key=keys) as server:
+        for client, app in ((server.client, server.app), (server.admin, server.admin_app)):
+            operations = [
+                (method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods
+            ]
+            assert len(operations) >= 5
+            for method, path in [*operations, ("GET", "/openapi.json"), ("GET", "/nothing")]:
+                for header in ({}, {"authorization": "Bearer wrong-key-000"}, {"authorization": "Basic first-key-123"}):
+                    answer = await client.request(method, path, headers=header)
+                    assert answer.status_code == (200 if path == "/health" else 401), (method, path)
+                for key in keys:
+                    answer = await client.request(method, path, headers={"authorization": f"Bearer {key}"})
+                    assert answer.status_code != 401
+                    assert key not in answer.text
+        assert "first-key-123" not in repr(server.settings)
+        assert isinstance(server.settings.api_key[0], SecretStr)
+
+
+async def test_bodies_and_headers_have_limits() -> None:
+    async def chunked() -> Any:
+        for _ in range(5):
+            yield b"x" * 1000
+
+    async with erasing_server(max_body_bytes=2048) as server:
+        long = await server.post(prompt="a" * 3000)
+        without_length = await server.client.post("/v1/completions", content=chunked())
+        headers = await server.client.get("/health", headers={"x-long": "a" * 40_000})
+    assert (long.status_code, without_length.status_code, headers.status_code) == (413, 413, 431)
+    for answer in (long, without_length, headers):
+        ErrorAnswer.model_validate_json(answer.text)
+
+
+async def test_request_ids_are_taken_over_if_they_are_harmless() -> None:
+    async with erasing_server() as server:
+        given = await server.client.get("/health", headers={"x-request-id": "abc-1"})
+        odd = await server.client.get("/health", headers={"x-request-id": "a b\t{}"})
+        metrics = await server.client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert given.headers["x-request-id"] == "abc-1"
+    assert odd.headers["x-request-id"] != "a b\t{}"
+    assert 'request_id="' in metrics.text
+
+
+async def test_a_span_for_the_request_and_one_for_each_attempt() -> None:
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(exporter)
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with erasing_server(tracing=tracing) as server:
+        body = {"model": "stub", "prompt": "a"}
+        await server.client.post("/v1/completions", json=body, headers={"traceparent": parent})
+    tracing.close()
+    spans = exporter.get_finished_spans()
+    request = next(span for span in spans if span.name == "POST /v1/completions")
+    attempts = [span for span in spans if span.name == "attempt"]
+    assert f"{request.context.trace_id:032x}" == parent.split("-")[1]
+    assert [(s.attributes or {})["e3rl.verdict"] for s in attempts] == [verdict for verdict, _ in ERASING]
+    assert all(span.parent is not None and span.parent.span_id == request.context.span_id for span in attempts)
+    for span in attempts:
+        times = [request.start_time, span.start_time, span.end_time, request.end_time]
+        assert times == sorted(time for time in times if time is not None)

@@ -1,0 +1,41 @@
+"""What is refused before a run begins, and what a run that could not begin leaves behind: nothing."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import ConfigError, RunConfig
+from learner.errors import InputError
+from learner.training_run import compare, train
+from tests.configs import run_config
+
+
+def config(tmp_path: Path, **changes: Any) -> RunConfig:
+    return run_config(runs_directory=str(tmp_path / "runs"), **changes)
+
+
+def test_a_run_that_can_not_begin_leaves_no_directory_and_no_process(tmp_path: Path):
+    reward = {"kind": "function", "function": "tests.user_rewards:length"}
+    with pytest.raises(InputError, match=r"model\.path: .* no model directory|no directory"):
+        train(config(tmp_path, model={"path": str(tmp_path / "nowhere")}, reward=reward), resume=False)
+    assert multiprocessing.active_children() == []
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_prompts_that_the_chain_reward_can_not_check_are_refused_before_anything_starts(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "a+5:1", "answer": ""}\n{"question": "What is 1 + 1?", "answer": "2"}\n')
+    data = {"source": "file", "train_path": str(rows), "test_path": str(rows)}
+    with pytest.raises(InputError, match=r"reward\.kind 'chain' can't check prompt 'train-1': not a chain prompt"):
+        train(config(tmp_path, data=data), resume=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_comparison_whose_baselines_can_not_run_is_refused_before_the_run(tmp_path: Path):
+    (tmp_path / "runs" / "test-grpo" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="test-grpo already holds a run"):
+        compare(config(tmp_path), resume=False)
+    with pytest.raises(ConfigError, match=r"name: .* at most 100 characters"):
+        compare(config(tmp_path, name="n" * 90), resume=False)
