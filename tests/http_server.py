@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -92,20 +93,23 @@ class Background(Generic[Result]):
     """A call in a thread of its own."""
 
     def __init__(self, call: Callable[[], Result]) -> None:
-        self._results: list[Result] = []
-        self._thread = threading.Thread(target=lambda: self._results.append(call()), daemon=True)
-        self._thread.start()
+        self._call = call
+        self._future: Future[Result] = Future()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._call())
+        except BaseException as error:
+            self._future.set_exception(error)
 
     def is_pending(self, seconds: float = 0.5) -> bool:
         """Whether it has not returned `seconds` from now."""
-        self._thread.join(seconds)
-        return self._thread.is_alive()
+        return not wait((self._future,), seconds).done
 
     def result(self, seconds: float = WAIT_SECONDS) -> Result:
-        """What it returned; fails if it raised or does not return in time."""
-        self._thread.join(seconds)
-        assert self._results, f"no result within {seconds:g} s"
-        return self._results[0]
+        """What it returns; raises what it raises, and `TimeoutError` if it does neither in time."""
+        return self._future.result(seconds)
 
 
 def environment(**extra: str) -> dict[str, str]:

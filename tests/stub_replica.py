@@ -43,13 +43,15 @@ JUDGEMENT = Judgement(
 class StubReplica:
     """Implements `Replica`. `script` makes the attempts of a monitored response, and the text of a plain one.
 
-    `delay` (seconds) comes before each attempt; `failures` are raised, one a call, before anything is said.
+    `delay` (seconds) comes before each attempt; `failures` are raised, one a call, before anything is said, and
+    `pause_failures` by `pause`.
     """
 
     def __init__(self, script: Script, delay: float = 0.0) -> None:
         self.script = script
         self.delay = delay
         self.failures: list[Exception] = []
+        self.pause_failures: list[Exception] = []
         self.requests: list[ResponseRequest] = []
         self.under_way = 0
         self.calls: list[str] = []
@@ -127,6 +129,8 @@ class StubReplica:
 
     async def pause(self, mode: str) -> None:
         self.calls.append(f"pause {mode}")
+        if self.pause_failures:
+            raise self.pause_failures.pop(0)
 
     async def resume(self) -> None:
         self.calls.append("resume")

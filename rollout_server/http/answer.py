@@ -54,6 +54,11 @@ class GenerationAnswer(Response):
                 await work
             else:
                 self._service.metrics.disconnects.inc()
+        except asyncio.CancelledError:
+            # Ray Serve tells of a client that left by cancelling too.
+            if not work.done():
+                self._service.metrics.disconnects.inc()
+            raise
         finally:
             work.cancel()
             gone.cancel()

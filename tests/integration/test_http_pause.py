@@ -100,7 +100,7 @@ def test_nothing_new_is_generated_until_resume_whatever_happens_meanwhile(
 
 
 def test_what_keep_froze_goes_on_or_is_ended_by_another_mode(server: ServerProcess, http_model: Path) -> None:
-    frozen = in_background(server, max_tokens=200, erasure=ERASING, stream=True)
+    frozen = in_background(server, max_tokens=100, erasure=ERASING, stream=True)
     server.wait_for("vllm:num_requests_running", 1)
     pause(server, "keep")
     server.admin_client.post("/weights/sync", json={"path": str(http_model)})

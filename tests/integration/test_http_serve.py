@@ -86,7 +86,6 @@ def check_administration(server: ServerProcess, model: Path) -> None:
 
 
 def check_disconnect(server: ServerProcess, stream: bool) -> None:
-    """Only a client's own connection can be closed, so each leaves with one of its own."""
     before = server.metric("e3rl_disconnects_total")
     client = httpx.Client(base_url=server.url, headers=server.client.headers, timeout=1.0)
     try:
@@ -100,13 +99,15 @@ def check_disconnect(server: ServerProcess, stream: bool) -> None:
 
 
 def check_end(server: ServerProcess) -> None:
-    """A request that is too long for the time left ends with the error, one that is not is finished."""
-    long = Background(lambda: server.post("/v1/completions", **LONG, stream=True, n=32))
+    """A request that is too long for the time left ends with the error."""
+    body = {"model": server.model, **LONG, "n": 32, "stream": True}
+    headers = dict(server.client.headers)
+    call = Background(lambda: httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60.0))
     server.wait_for("e3rl_responses_active", 32)
     started = time.monotonic()
     code = server.stop()
     assert time.monotonic() - started < SHUTDOWN_SECONDS + 25
-    chunks = list(events(iter(long.result(1.0).text.split("\n"))))
+    chunks = list(events(iter(call.result(5.0).text.split("\n"))))
     assert "shutting down" in chunks[-1]["error"]["message"]
     assert code == 0
 

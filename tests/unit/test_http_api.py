@@ -2,17 +2,20 @@
 
 import asyncio
 import json
+import socket
+import time
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import SecretStr
 
+from rollout_server.http import tracing as tracing_module
 from rollout_server.http.replicas import ReplicaLost
 from rollout_server.http.schema.chat import ChatChunk, ChatCompletion
 from rollout_server.http.schema.completion import Completion, CompletionChunk
 from rollout_server.http.schema.service import ErrorAnswer
-from rollout_server.http.tracing import Tracing
+from rollout_server.http.tracing import Tracing, otlp_tracing
 from tests.http_server import events, texts
 from tests.stub_replica import StubReplica, StubServer, saying
 
@@ -463,3 +466,43 @@ async def test_a_span_for_the_request_and_one_for_each_attempt() -> None:
     assert [(s.attributes or {})["e3rl.verdict"] for s in attempts] == [verdict for verdict, _ in ERASING]
     assert all(span.parent is not None and span.parent.span_id == request.context.span_id for span in attempts)
     assert all(request.start_time <= span.start_time <= span.end_time <= request.end_time for span in attempts)  # type: ignore[operator]
+
+
+def test_a_collector_that_never_answers_does_not_keep_the_server_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing_module, "CLOSE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracing = otlp_tracing(f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces")
+        tracing.request("GET", {}, time.time_ns()).end()
+        started = time.monotonic()
+        tracing.close()
+        assert 0.1 < time.monotonic() - started < 2.0
+
+
+async def test_a_pause_reaches_replicas_without_weights_and_those_that_come_back() -> None:
+    """Or the next sync would set them going, and after a resume leave them paused."""
+    replica, other = StubReplica(saying("a")), StubReplica(saying("b"))
+    async with StubServer(replica, other) as server:
+        server.replicas.members[0].error = "holds no complete weights: its last sync failed"
+        other.pause_failures = [ReplicaLost("killed")]
+        assert (await server.admin.post("/pause", json={"mode": "wait"})).status_code == 200
+        async with asyncio.timeout(5.0):
+            while other.calls.count("pause wait") < 2:
+                await asyncio.sleep(0.01)
+        assert (await server.admin.post("/resume")).status_code == 200
+    assert replica.calls == ["start", "pause wait", "resume", "close"]
+    assert other.calls == ["start", "pause wait", "start", "pause wait", "resume", "close"]
+
+
+async def test_a_server_that_is_stopping_refuses_new_requests() -> None:
+    replica = StubReplica(saying("a"), delay=0.3)
+    async with StubServer(replica) as server:
+        call = asyncio.create_task(server.post(prompt="a"))
+        while not replica.under_way:
+            await asyncio.sleep(0.01)
+        stopping = asyncio.create_task(server.service.stop(5.0))
+        await asyncio.sleep(0)
+        refused, ready = await server.post(prompt="a"), await server.client.get("/ready")
+        await stopping
+        answer = await call
+    assert (refused.status_code, ready.status_code, answer.status_code) == (503, 503, 200)
+    assert "shutting down" in refused.json()["error"]["message"]
