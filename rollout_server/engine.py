@@ -63,6 +63,10 @@ class ErasableEngine:
         self._receiver = asyncio.create_task(inbox.receive(self._rollback.deliver))
         self._admitting = asyncio.Event()
         self._admitting.set()
+        self._paused = False
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._sync_failure: str | None = None
         self.version = 0
 
@@ -99,9 +103,20 @@ class ErasableEngine:
             WeightSyncError: the last sync failed.
         """
         self._check(request)
-        await self._admitting.wait()
+        while not self._admitting.is_set():
+            await self._admitting.wait()
         if self._sync_failure is not None:
             raise WeightSyncError(self._sync_failure)
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            return await self._generate(request, listener)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         if request.policy is None:
             return await self._generate_plain(request, listener)
         try:
@@ -136,19 +151,34 @@ class ErasableEngine:
         await self._llm.collective_rpc("e3rl_restore_priors", args=(priors,))
 
     async def pause(self, mode: str = "keep") -> None:
-        """Stop generating: `keep` freezes requests until `resume`, `wait` finishes them, `abort` ends them."""
+        """Admit nothing until `resume`. Of what is under way `keep` freezes responses, `wait` and `abort` end them all.
+
+        A response may need several of vLLM's requests: one between two of them is not known to vLLM's own pause.
+        """
+        self._paused = True
         self._admitting.clear()
+        if mode == "wait":
+            await self._llm.resume_generation()
+            await self._idle.wait()
+            if not self._paused:
+                return
         await self._llm.pause_generation(mode=mode, clear_cache=mode != "keep")  # type: ignore[arg-type]
+        while mode == "abort" and self._under_way and self._paused:
+            await self._llm.pause_generation(mode="abort")
 
     async def resume(self) -> None:
         """Go on after `pause`."""
+        self._paused = False
+        await self._admit()
+
+    async def _admit(self) -> None:
         await self._llm.resume_generation()
         self._admitting.set()
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         """Load `update` between two steps; requests under way go on with it. Returns the checksum of what is held.
 
-        Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
+        A pause lasts on. Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
 
         Raises:
             WeightSyncError: not in time, an error in vLLM, or another checksum than the update's.
@@ -156,7 +186,8 @@ class ErasableEngine:
         started = time.monotonic()
         try:
             async with asyncio.timeout(deadline_seconds):
-                await self.pause("keep")
+                self._admitting.clear()
+                await self._llm.pause_generation(mode="keep", clear_cache=False)
                 await self._llm.start_weight_update()
                 await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
@@ -178,7 +209,8 @@ class ErasableEngine:
             raise
         self._sync_failure = None
         self.version = update.version
-        await self.resume()
+        if not self._paused:
+            await self._admit()
         return update.checksum
 
     async def _abandon_sync(self) -> None:
@@ -186,7 +218,7 @@ class ErasableEngine:
         async with asyncio.timeout(10.0):
             await self._llm.collective_rpc("e3rl_abandon_weight_update")
             await self._llm.pause_generation(mode="abort", clear_cache=True)
-            await self.resume()
+            await self._admit()
 
     async def check_health(self) -> None:
         """Raises if the engine is dead."""

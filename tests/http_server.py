@@ -5,31 +5,39 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
+WAIT_SECONDS = 60.0
+Result = TypeVar("Result")
 
 
 class ServerProcess:
     """A running server. `printed`: its standard output so far, by name; `log`: the file of its standard error."""
 
-    def __init__(self, process: "subprocess.Popen[str]", printed: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[str]", printed: dict[str, str], log: Path, key: str | None = None
+    ) -> None:
         self.process = process
         self.printed = printed
         self.log = log
         self.url = printed["public"]
         self.admin = printed["admin"]
         self.model = printed["model"]
-        self.client = httpx.Client(base_url=self.url, timeout=120.0)
-        self.admin_client = httpx.Client(base_url=self.admin, timeout=120.0)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self.client = httpx.Client(base_url=self.url, timeout=120.0, headers=headers)
+        self.admin_client = httpx.Client(base_url=self.admin, timeout=120.0, headers=headers)
 
     def post(self, route: str, **body: Any) -> httpx.Response:
         return self.client.post(route, json={"model": self.model, **body})
@@ -56,12 +64,52 @@ class ServerProcess:
             time.sleep(0.05)
         return usage
 
+    def wait_for(self, metric: str, value: float) -> None:
+        """Wait until a metric has this value."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while (now := self.metric(metric)) != value:
+            assert time.monotonic() < deadline, f"{metric} is {now} after {WAIT_SECONDS:g} s and not {value}"
+            time.sleep(0.02)
+
+    def settle(self) -> None:
+        """Wait until no request is under way; all KV blocks must then be free."""
+        self.wait_for("e3rl_requests_active", 0)
+        assert self.metric("e3rl_responses_active") == 0
+        assert self.blocks_in_use() == 0
+
     def stop(self) -> int:
-        """SIGTERM, and the exit code."""
+        """SIGTERM, and the exit code; fails if a process of the server is left."""
         self.client.close()
         self.admin_client.close()
+        family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(STOP_SECONDS)
+        code = self.process.wait(STOP_SECONDS)
+        _, left = psutil.wait_procs(family, timeout=5.0)
+        assert not left, f"the server left behind {left}"
+        return code
+
+
+class Background(Generic[Result]):
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], Result]) -> None:
+        self._call = call
+        self._future: Future[Result] = Future()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._call())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def is_pending(self, seconds: float = 0.5) -> bool:
+        """Whether it has not returned `seconds` from now."""
+        return not wait((self._future,), seconds).done
+
+    def result(self, seconds: float = WAIT_SECONDS) -> Result:
+        """What it returns; raises what it raises, and `TimeoutError` if it does neither in time."""
+        return self._future.result(seconds)
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -79,10 +127,10 @@ def running_server(model: Path, directory: Path, *flags: str, **variables: str) 
             [*command, *flags], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(**variables), cwd=ROOT
         )
     try:
-        server = ServerProcess(process, _read_banner(process, log), log)
+        server = ServerProcess(process, _read_banner(process, log), log, variables.get("E3RL_API_KEY"))
         yield server
         if process.poll() is None:
-            server.stop()
+            assert server.stop() == 0, log.read_text()[-3000:]
     finally:
         if process.poll() is None:
             process.kill()

@@ -42,7 +42,7 @@ class StubReplica:
     """Implements `Replica`. `script` makes the attempts of a monitored response, and the text of a plain one.
 
     A response waits for `gate`, if there is one, before attempt number `said_before_gate` of its script. `failures`
-    are raised, one a call, before anything is said.
+    are raised, one a call, before anything is said, and `pause_failures` by `pause`.
     """
 
     def __init__(self, script: Script, gate: asyncio.Event | None = None, said_before_gate: int = 0) -> None:
@@ -50,6 +50,7 @@ class StubReplica:
         self.gate = gate
         self.said_before_gate = said_before_gate
         self.failures: list[Exception] = []
+        self.pause_failures: list[Exception] = []
         self.requests: list[ResponseRequest] = []
         self.under_way = 0
         self.calls: list[str] = []
@@ -126,6 +127,8 @@ class StubReplica:
 
     async def pause(self, mode: str) -> None:
         self.calls.append(f"pause {mode}")
+        if self.pause_failures:
+            raise self.pause_failures.pop(0)
 
     async def resume(self) -> None:
         self.calls.append("resume")

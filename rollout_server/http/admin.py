@@ -106,7 +106,8 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
         try:
             await service.replicas.pause(body.mode)
         except TimeoutError:
-            raise ApiError(504, "the replicas did not pause in time", code="deadline_exceeded") from None
+            text = f"responses are still under way after {service.settings.sync_seconds:g} s; no new ones until /resume"
+            raise ApiError(504, text, code="deadline_exceeded") from None
         return PauseState(paused=True, mode=body.mode)
 
     @app.post("/resume", responses=errors(503, 504), summary="Go on after a pause")

@@ -54,6 +54,11 @@ class GenerationAnswer(Response):
                 await work
             else:
                 self._service.metrics.disconnects.inc()
+        except asyncio.CancelledError:
+            # Ray Serve tells of a client that left by cancelling too.
+            if not work.done():
+                self._service.metrics.disconnects.inc()
+            raise
         finally:
             work.cancel()
             gone.cancel()
@@ -72,12 +77,14 @@ class GenerationAnswer(Response):
         except asyncio.CancelledError:
             if not self._service.stopping:
                 raise
-            await self._fail(send, unavailable("the server is shutting down"))
+            await self._fail(send, _shutting_down())
         except Exception as error:
             await self._fail(send, _api_error(error, scope[REQUEST_ID]))
 
     async def _generate(self, send: Send) -> None:
         service = self._service
+        if service.draining:
+            raise _shutting_down()
         responses = sum(map(len, self._groups))
         places = await service.admission.acquire(self._client, responses)
         generation = Generation(service.replicas, self._groups, self._make_choice, self._streams)
@@ -118,6 +125,10 @@ class GenerationAnswer(Response):
                     await send_error(send, error)
         except TimeoutError:
             log.warning("a client does not read the error it was sent: %s", error)
+
+
+def _shutting_down() -> ApiError:
+    return unavailable("the server is shutting down")
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -108,7 +108,7 @@ def _service_routes(app: FastAPI, service: Service) -> None:
             ReplicaProbe(replica=member.number, ready=reason is None, error=reason)
             for member, reason in zip(members, reasons, strict=True)
         ]
-        if any(probe.ready for probe in probes) and not service.stopping:
+        if any(probe.ready for probe in probes) and not service.draining:
             return JSONResponse(Ready(status="ready", replicas=probes).model_dump())
         text = "; ".join(f"replica {probe.replica} {probe.error}" for probe in probes if not probe.ready)
         error = unavailable(f"no replica is ready: {text or 'the server is shutting down'}")

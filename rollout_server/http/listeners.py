@@ -27,10 +27,15 @@ def bind(settings: ServerSettings) -> tuple[socket.socket, socket.socket]:
     """
     public = _bind("--port", settings.host, settings.port)
     try:
-        return public, _bind("--admin-port", settings.admin_host, settings.admin_port)
+        return public, bind_admin(settings)
     except BaseException:
         public.close()
         raise
+
+
+def bind_admin(settings: ServerSettings) -> socket.socket:
+    """The bound socket of the admin listener; raises as `bind` does."""
+    return _bind("--admin-port", settings.admin_host, settings.admin_port)
 
 
 def _bind(flag: str, host: str, port: int) -> socket.socket:
@@ -49,7 +54,11 @@ def _bind(flag: str, host: str, port: int) -> socket.socket:
 
 def address(sock: socket.socket) -> str:
     """The URL of a listener."""
-    host, port = sock.getsockname()[:2]
+    return url(*sock.getsockname()[:2])
+
+
+def url(host: str, port: int) -> str:
+    """The URL of a listener on a host and a port."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

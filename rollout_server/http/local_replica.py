@@ -54,10 +54,16 @@ class LocalReplica:
         return await self.engine.sync(update, deadline_seconds)
 
     async def pause(self, mode: str) -> None:
-        await self.engine.pause(mode)
+        try:
+            await self.engine.pause(mode)
+        except EngineDeadError as error:
+            raise ReplicaLost("the engine died") from error
 
     async def resume(self) -> None:
-        await self.engine.resume()
+        try:
+            await self.engine.resume()
+        except EngineDeadError as error:
+            raise ReplicaLost("the engine died") from error
 
     async def close(self) -> None:
         if self._engine is not None:

@@ -1,25 +1,39 @@
 """The endpoint as a Ray Serve deployment: the public app behind Serve's proxies, the admin listener beside it."""
 
 import asyncio
+import logging
 import signal
 import sys
 import time
 from typing import Any, cast
 
+import ray
 from ray import serve
-from starlette.types import Receive, Scope, Send
+from ray.exceptions import RayError
+from starlette.types import Message, Receive, Scope, Send
 
 from rollout_server.http.admin import admin_app
 from rollout_server.http.app import public_app
 from rollout_server.http.command_line import UsageError
-from rollout_server.http.listeners import Listener, address, bind
+from rollout_server.http.listeners import Listener, address, bind, bind_admin, url
+from rollout_server.http.logs import configure
 from rollout_server.http.ray_replica import connect
-from rollout_server.http.serve import LAST_WORDS_SECONDS, WATCH_SECONDS, banner, start_service
+from rollout_server.http.serve import (
+    LAST_WORDS_SECONDS,
+    STOP_SIGNALS,
+    WATCH_SECONDS,
+    banner,
+    kept_signal_handlers,
+    start_service,
+)
 from rollout_server.http.settings import ServerSettings
 
+log = logging.getLogger("e3rl.server")
 DEPLOYMENT = "e3rl"
 MAX_ONGOING = 100_000
 """Serve's own limit is out of the way: the endpoint's queue answers with 429 itself."""
+POLL_SECONDS = 0.2
+"""How often Serve looks whether a replica that it stops still has requests."""
 
 
 class _Entrance:
@@ -28,28 +42,32 @@ class _Entrance:
     app: Any = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Serve's proxy adds this header itself.
+                message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+            await send(message)
+
         if scope["type"] == "http":
-            await _Entrance.app(scope, receive, send)
+            await _Entrance.app(scope, receive, sending)
 
 
 @serve.deployment(name=DEPLOYMENT, max_ongoing_requests=MAX_ONGOING)
 @serve.ingress(_Entrance())
 class Endpoint:
-    """One process of the endpoint, which holds the replicas and the admin listener."""
+    """One process of the endpoint, which holds the replicas and the admin listener. Its log is among Ray's."""
 
     async def __init__(self, settings: ServerSettings) -> None:  # type: ignore[misc]
         started = time.monotonic()
-        public, admin = bind(settings.model_copy(update={"port": 0}))
-        public.close()
+        configure(settings.log_format, settings.log_level)
+        admin = bind_admin(settings)
         self._settings = settings
-        self._service, loader = await start_service(settings)
+        self._service, self._loader = await start_service(settings)
         seconds = settings.shutdown_seconds + LAST_WORDS_SECONDS
-        self._admin = Listener(admin_app(self._service, loader), admin, seconds)
-        self._tasks = [
-            asyncio.create_task(self._admin.run_until_stopped()),
-            asyncio.create_task(self._service.replicas.watch(WATCH_SECONDS)),
-        ]
-        self._addresses = f"http://{settings.host}:{settings.port}", address(admin)
+        self._admin = Listener(admin_app(self._service, self._loader), admin, seconds)
+        self._serving = asyncio.create_task(self._admin.run_until_stopped())
+        self._watching = asyncio.create_task(self._service.replicas.watch(WATCH_SECONDS))
+        self._addresses = url(settings.host, settings.port), address(admin)
         self._seconds = time.monotonic() - started
         _Entrance.app = public_app(self._service)
 
@@ -57,41 +75,78 @@ class Endpoint:
         """What is printed when the server is ready."""
         return banner(self._settings, self._service, *self._addresses, self._seconds)
 
+    async def stop(self) -> None:
+        """Refuse new requests, finish or cancel those under way. Serve alone would cut them off."""
+        await self._service.stop(self._settings.shutdown_seconds)
+
     async def __del__(self) -> None:
         self._admin.should_exit = True
-        await self._service.stop(self._settings.shutdown_seconds)
+        await self.stop()
+        await asyncio.gather(self._serving, return_exceptions=True)
+        self._watching.cancel()
         await self._service.replicas.close()
-        for task in self._tasks:
-            task.cancel()
+        self._loader.close()
+        if self._service.tracing is not None:
+            self._service.tracing.close()
 
 
 def run_on_serve(settings: ServerSettings) -> int:
     """Deploy, print when ready, and wait for SIGTERM or SIGINT; returns the process's exit code."""
     try:
-        sockets = bind(settings)
+        public, admin = bind(settings)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for sock in sockets:
-        sock.close()
-    connect(settings.ray_address)
-    serve.start(
-        http_options={"host": settings.host, "port": settings.port, "request_timeout_s": settings.request_seconds + 30}
-    )
-    options: dict[str, Any] = {
-        "graceful_shutdown_timeout_s": settings.shutdown_seconds + LAST_WORDS_SECONDS,
-        "ray_actor_options": {"num_cpus": 1},
-    }
+    settings = settings.model_copy(update={"port": public.getsockname()[1]})
+    public.close()
+    admin.close()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     try:
-        # A type checker does not see what the decorators make of a class.
-        deployment = cast(serve.Deployment, Endpoint).options(**options)
-        handle = serve.run(deployment.bind(settings), name=DEPLOYMENT, route_prefix="/")
+        with kept_signal_handlers():
+            connect(settings.ray_address)
+        handle = _deploy(settings)
         print(handle.banner.remote().result(timeout_s=60.0), flush=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        _stop(settings)
+        return 0
     except RuntimeError as error:
         print(f"error: the deployment did not start: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     finally:
         serve.shutdown()
-    return 0
+
+
+def _deploy(settings: ServerSettings) -> Any:
+    """The handle of the deployment, once it is ready."""
+    serve.start(
+        http_options={"host": settings.host, "port": settings.port, "request_timeout_s": settings.request_seconds + 30}
+    )
+    resources: dict[str, Any] = {"num_cpus": 1}
+    if settings.replicas == 1 and ray.cluster_resources().get("GPU"):
+        # The engine is in this process, and Ray hides the GPUs that a process has not asked for.
+        resources["num_gpus"] = settings.tensor_parallel_size
+    options: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": settings.shutdown_seconds + LAST_WORDS_SECONDS,
+        "graceful_shutdown_wait_loop_s": POLL_SECONDS,
+        "ray_actor_options": resources,
+    }
+    # A type checker does not see what the decorators make of a class.
+    deployment = cast(serve.Deployment, Endpoint).options(**options)
+    return serve.run(deployment.bind(settings), name=DEPLOYMENT, route_prefix="/")
+
+
+def _stop(settings: ServerSettings) -> None:
+    """Let the requests of a deployment that is ready come to their end."""
+    application = serve.status().applications.get(DEPLOYMENT)
+    if application is None or application.status != "RUNNING":
+        return
+    try:
+        seconds = settings.shutdown_seconds + LAST_WORDS_SECONDS
+        serve.get_app_handle(DEPLOYMENT).stop.remote().result(timeout_s=seconds)
+    except (RayError, TimeoutError):
+        log.warning("requests under way could not be ended in good order", exc_info=True)

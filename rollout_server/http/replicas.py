@@ -56,7 +56,7 @@ class Replica(Protocol):
         ...
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
-        """Load weights; the checksum of what is then held."""
+        """Load weights; the checksum of what is then held. What is paused stays so."""
         ...
 
     async def pause(self, mode: str) -> None: ...
@@ -170,7 +170,8 @@ class ReplicaSet:
                 if member.sync_error is not None:
                     raise ReplicaLost(member.sync_error)
             if self.paused is not None:
-                await member.replica.pause(self.paused)
+                async with asyncio.timeout(self._sync_seconds):
+                    await member.replica.pause(self.paused)
             member.error = None
 
     async def probe(self, member: Member) -> str | None:
@@ -188,7 +189,7 @@ class ReplicaSet:
         return None
 
     async def sync(self, prepare: Callable[[], Awaitable[WeightUpdate]]) -> WeightUpdate:
-        """Load what `prepare` makes into all replicas; raises unless each reports its checksum.
+        """Load what `prepare` makes into all replicas; raises unless each reports its checksum. A pause lasts on.
 
         Raises:
             ApiError: 503 with what each failed replica said.
@@ -202,8 +203,6 @@ class ReplicaSet:
                 reasons = "; ".join(f"replica {m.number}: {m.sync_error}" for m in failed)
                 raise ApiError(503, f"weights were not loaded: {reasons}", code="weight_sync_failed")
             self.update = update
-            if self.paused is not None:
-                await asyncio.gather(*(member.replica.pause(self.paused) for member in running))
             return update
 
     async def _load(self, member: Member, update: WeightUpdate) -> None:
@@ -234,16 +233,30 @@ class ReplicaSet:
             await asyncio.gather(*(self.probe(member) for member in self.ready))
 
     async def pause(self, mode: str) -> None:
-        """Stop generating on all replicas."""
-        async with self._changing, asyncio.timeout(self._sync_seconds):
+        """Stop generating on all replicas; after a `TimeoutError` nothing new is generated either, until `resume`."""
+        async with self._changing:
             self.paused = mode
-            await asyncio.gather(*(member.replica.pause(mode) for member in self.ready))
+            await self._on_all(lambda replica: replica.pause(mode))
 
     async def resume(self) -> None:
         """Go on after `pause`."""
-        async with self._changing, asyncio.timeout(self._sync_seconds):
+        async with self._changing:
             self.paused = None
-            await asyncio.gather(*(member.replica.resume() for member in self.ready))
+            await self._on_all(lambda replica: replica.resume())
+
+    async def _on_all(self, call: Callable[[Replica], Awaitable[None]]) -> None:
+        """Pause or resume the replicas, those without weights too. A restart does it to those that are dead."""
+
+        async def on_one(member: Member) -> None:
+            try:
+                await call(member.replica)
+            except ReplicaLost:
+                if member.error is None:
+                    self.lost(member)
+
+        running = [member for member in self.members if member.number not in self._restarting]
+        async with asyncio.timeout(self._sync_seconds):
+            await asyncio.gather(*map(on_one, running))
 
     async def close(self) -> None:
         """Stop all replicas."""

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import otlp_tracing
 
 log = logging.getLogger("e3rl.server")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WATCH_SECONDS = 5.0
 LAST_WORDS_SECONDS = 6.0
 """What connections have, after their requests were cancelled, to send the error."""
@@ -61,6 +64,17 @@ def configs(settings: ServerSettings, model: dict[str, Any]) -> tuple[ModelConfi
     )
 
 
+@contextmanager
+def kept_signal_handlers() -> Iterator[None]:
+    """Put handlers back afterwards: Ray, when it starts a cluster, installs one that kills all of it at SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def make_replicas(settings: ServerSettings, model: ModelConfig, engine: EngineConfig) -> list[Replica]:
     """One replica in this process, or several as Ray actors."""
     if settings.replicas == 1:
@@ -69,7 +83,8 @@ def make_replicas(settings: ServerSettings, model: ModelConfig, engine: EngineCo
         return [LocalReplica(model, engine, settings.policy_version)]
     from rollout_server.http.ray_replica import RayReplica, connect
 
-    connect(settings.ray_address)
+    with kept_signal_handlers():
+        connect(settings.ray_address)
     return [RayReplica(number, model, engine, settings.policy_version) for number in range(settings.replicas)]
 
 
@@ -103,7 +118,7 @@ async def start_service(settings: ServerSettings) -> tuple[Service, WeightLoader
 async def serve(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT."""
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     public, admin = bind(settings)
     started = time.monotonic()

@@ -46,7 +46,10 @@ class RequestObserver:
 
 
 class Service:
-    """One server. `under_way`: tasks of requests that generate; `stopping`: they are being cancelled."""
+    """One server. `under_way`: tasks of requests that generate.
+
+    `draining`: no new ones are taken; `stopping`: those under way are being cancelled.
+    """
 
     def __init__(
         self, settings: ServerSettings, replicas: ReplicaSet, tokenizer: Any, tracing: Tracing | None = None
@@ -60,6 +63,7 @@ class Service:
         capacity = len(replicas.members) * settings.max_concurrent_responses
         self.admission = Admission(capacity, settings.max_waiting_requests)
         self.under_way: set[asyncio.Task[None]] = set()
+        self.draining = False
         self.stopping = False
         self.created = int(time.time())
         self._delimiters: set[str] = set()
@@ -151,7 +155,8 @@ class Service:
                 metrics.reused_prefix_tokens.inc(choice.reused_prefix_tokens)
 
     async def stop(self, seconds: float) -> None:
-        """Let requests under way finish, and cancel those that have not within `seconds`."""
+        """Refuse new requests, let those under way finish, and cancel those that have not within `seconds`."""
+        self.draining = True
         if self.under_way:
             await asyncio.wait(set(self.under_way), timeout=seconds)
         self.stopping = True

@@ -1,5 +1,8 @@
 """OpenTelemetry spans: one a request, and below it one an attempt at a segment."""
 
+import logging
+import threading
+
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -9,12 +12,16 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from rollout_server.http.segments import JudgedSegment
 
+log = logging.getLogger("e3rl.server")
+CLOSE_SECONDS = 3.0
+
 
 class Tracing:
     """Spans to one exporter; made only where tracing is asked for."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "e3rl"}))
+        resource = Resource.create({"service.name": "e3rl"})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("e3rl")
 
@@ -41,8 +48,12 @@ class Tracing:
         span.end(end_time=ended)
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left. A collector that does not take it in time does not keep the server from ending."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            log.warning("the collector did not take the last traces within %g s", CLOSE_SECONDS)
 
 
 def otlp_tracing(endpoint: str) -> Tracing:

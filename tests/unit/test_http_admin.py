@@ -3,7 +3,7 @@
 import asyncio
 
 from rollout_server.http.replicas import ReplicaLost
-from tests.stub_replica import StubReplica, StubServer, erasing_server, saying
+from tests.stub_replica import StubReplica, StubServer, erasing_server, saying, until
 
 
 async def test_admin_routes() -> None:
@@ -45,3 +45,16 @@ async def test_without_a_replica_requests_are_a_503_and_ready_says_why() -> None
     assert ready.json()["replicas"] == [
         {"replica": 0, "ready": False, "error": "died and could not be restarted 5 times"}
     ]
+
+
+async def test_a_pause_reaches_replicas_without_weights_and_those_that_come_back() -> None:
+    """Or the next sync would set them going, and after a resume leave them paused."""
+    replica, other = StubReplica(saying("a")), StubReplica(saying("b"))
+    async with StubServer(replica, other) as server:
+        server.replicas.members[0].error = "holds no complete weights: its last sync failed"
+        other.pause_failures = [ReplicaLost("killed")]
+        assert (await server.admin.post("/pause", json={"mode": "wait"})).status_code == 200
+        await until(lambda: other.calls.count("pause wait") == 2)
+        assert (await server.admin.post("/resume")).status_code == 200
+    assert replica.calls == ["start", "pause wait", "resume", "close"]
+    assert other.calls == ["start", "pause wait", "start", "pause wait", "resume", "close"]

@@ -90,3 +90,19 @@ async def test_a_disconnect_cancels_the_generation() -> None:
         assert replica.under_way == 0
         assert server.service.admission.busy == 0
         assert "e3rl_disconnects_total 1.0" in (await server.client.get("/metrics")).text
+
+
+async def test_a_server_that_is_stopping_refuses_new_requests() -> None:
+    gate = asyncio.Event()
+    replica = StubReplica(saying("a"), gate)
+    async with StubServer(replica) as server:
+        call = asyncio.create_task(server.post(prompt="a"))
+        await until(lambda: replica.under_way > 0)
+        stopping = asyncio.create_task(server.service.stop(5.0))
+        await asyncio.sleep(0)
+        refused, ready = await server.post(prompt="a"), await server.client.get("/ready")
+        gate.set()
+        await stopping
+        answer = await call
+    assert (refused.status_code, ready.status_code, answer.status_code) == (503, 503, 200)
+    assert "shutting down" in refused.json()["error"]["message"]

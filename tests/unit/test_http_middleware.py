@@ -1,12 +1,16 @@
 """What holds for every route: keys, longest bodies and headers, request ids, spans."""
 
+import socket
+import time
 from typing import Any
 
+import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import SecretStr
 
+from rollout_server.http import tracing as tracing_module
 from rollout_server.http.schema.service import ErrorAnswer
-from rollout_server.http.tracing import Tracing
+from rollout_server.http.tracing import Tracing, otlp_tracing
 from tests.stub_replica import ERASING, erasing_server
 
 
@@ -71,3 +75,13 @@ async def test_a_span_for_the_request_and_one_for_each_attempt() -> None:
     for span in attempts:
         times = [request.start_time, span.start_time, span.end_time, request.end_time]
         assert times == sorted(time for time in times if time is not None)
+
+
+def test_a_collector_that_never_answers_does_not_keep_the_server_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing_module, "CLOSE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracing = otlp_tracing(f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces")
+        tracing.request("GET", {}, time.time_ns()).end()
+        started = time.monotonic()
+        tracing.close()
+        assert 0.1 < time.monotonic() - started < 2.0
