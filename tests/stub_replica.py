@@ -124,6 +124,8 @@ class StubReplica:
                 number += 1
             else:
                 position, segment, number = attempt.end, segment + 1, 0
+        if left == 0:
+            raise ReplicaLost("killed")
         return Trajectory(
             prompt_id=request.prompt_id,
             group_id=request.group_id,
