@@ -65,6 +65,14 @@ def history_modulation(history: History, eta: float) -> float:
     return 1.0 + eta * math.tanh((history.uncertainty - history.mean) / history.deviation)
 
 
+def extended_history(history: History, uncertainty: float, statistics: GroupStatistics) -> History:
+    """A trajectory's history after it accepted a segment that was judged by `statistics`."""
+    moments = shrunk_moments(statistics)
+    if moments is None:
+        return history
+    return History(history.uncertainty + uncertainty, history.mean + moments[0], history.deviation + moments[1])
+
+
 def adaptive_threshold(
     policy: ErasurePolicy, statistics: GroupStatistics, history: History, erasures: int
 ) -> Threshold:

@@ -161,6 +161,7 @@ class ResponseRequest(StrictModel):
     plain member of a mixed group, which feeds the group's statistics and is never erased.
     `top_p`, `top_k` (0: off) and `min_p` truncate what is sampled from; behaviour log-probs are not corrected for them.
     `top_logprobs`: how many of the most likely tokens a listener is told with each sampled one; null: no log-probs.
+    `resume_from`: attempts that were judged before, on an engine that was lost: generation goes on after the last.
     """
 
     prompt_id: str
@@ -178,6 +179,13 @@ class ResponseRequest(StrictModel):
     ignore_eos: bool = False
     policy: ErasurePolicy | None = None
     erasable: bool = True
+    resume_from: list[Attempt] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _only_what_is_judged_resumes(self) -> "ResponseRequest":
+        if self.resume_from and self.policy is None:
+            raise ValueError("a response without a policy cannot be resumed: it has no judged attempts")
+        return self
 
     @model_validator(mode="after")
     def _greedy_needs_a_retry_temperature(self) -> "ResponseRequest":

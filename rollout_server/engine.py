@@ -58,7 +58,9 @@ class ErasableEngine:
         self.max_length = max_length
         self.sentinel_ids = sentinel_ids
         self.eos_token_ids = _eos_token_ids(llm)
-        self._rollback = ResubmitRollback(llm, sentinel_ids, self.eos_token_ids, name="erasable")
+        self._rollback = ResubmitRollback(
+            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version
+        )
         self._plain_ids = itertools.count(1)
         self._receiver = asyncio.create_task(inbox.receive(self._rollback.deliver))
         self._admitting = asyncio.Event()
@@ -96,7 +98,7 @@ class ErasableEngine:
         return started
 
     async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory:
-        """Generate one response; cancelling the call frees its KV blocks.
+        """Generate one response, or what `request.resume_from` lacks of it; cancelling the call frees its KV blocks.
 
         Raises:
             PromptTooLong: with both lengths.
@@ -227,6 +229,7 @@ class ErasableEngine:
     async def close(self) -> None:
         """Stop vLLM and free what the engine holds. Requests under way fail."""
         self._receiver.cancel()
+        self._rollback.close()
         await asyncio.gather(self._receiver, return_exceptions=True)
         await asyncio.to_thread(self._llm.shutdown, timeout=SHUTDOWN_SECONDS)
         self._inbox.close()

@@ -7,7 +7,7 @@ at most the part of one block. An implementation inside the engine would replace
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,14 +18,16 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.erasure import ErasurePolicy
 from common.seeds import attempt_seed
-from common.threshold import GroupStatistics, History
-from common.trajectory import Attempt, FinishReason, Judgement, ResponseRequest, Trajectory, VersionSpan
+from common.threshold import GroupStatistics, History, extended_history
+from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
 from rollout_server.monitor import Field
 from rollout_server.records import JudgementRecord
 from rollout_server.submission import Submission, policy_json
 
 RECORD_SECONDS = 60.0
 SENTINEL_TOKENS = 1
+UNWATCHED_TOKENS = 16
+"""Tokens that come at once where a listener wants only judgements: what a judged segment may be late by."""
 
 
 TopLogprobs = list[dict[int, float]]
@@ -33,22 +35,30 @@ TopLogprobs = list[dict[int, float]]
 
 
 class RecordLost(RuntimeError):
-    """The engine ended a request, but the monitor's record of why did not arrive in time."""
+    """The engine ended a request, but the monitor's record of why did not arrive, or not in time."""
 
 
 class Listener(Protocol):
     """Told of a response while it is generated. Calls come in order and must return at once."""
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether `sampled` is to be called, which costs something for every token."""
+        ...
 
     def sampled(self, token_ids: list[int], logprobs: TopLogprobs | None) -> None:
         """Tokens that were sampled; some may be erased later. `logprobs`: where the request asks for them."""
         ...
 
     def resumed(self, cached_tokens: int) -> None:
-        """Generation goes on after an erasure; `cached_tokens` of what precedes came from the prefix cache."""
+        """Generation goes on after an erasure, or from where a request resumes.
+
+        `cached_tokens` of what precedes came from the prefix cache.
+        """
         ...
 
-    def judged(self, record: JudgementRecord, token_ids: list[int]) -> None:
-        """A segment was accepted or erased; `token_ids` are its tokens."""
+    def judged(self, attempt: Attempt, final: bool) -> None:
+        """A segment was accepted or erased. `final`: it was accepted and ends the response."""
         ...
 
 
@@ -68,6 +78,7 @@ class _Mailbox:
 
     records: deque[JudgementRecord] = field(default_factory=deque)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
 
     async def take(self, uid: int) -> JudgementRecord:
         if self.records:
@@ -75,6 +86,8 @@ class _Mailbox:
         try:
             async with asyncio.timeout(RECORD_SECONDS):
                 while not self.records:
+                    if self.closed:
+                        raise RecordLost(f"the engine was closed before the record of submission {uid} came")
                     self.arrived.clear()
                     await self.arrived.wait()
         except TimeoutError:
@@ -96,18 +109,76 @@ class _Progress:
     erased_at: int | None = None
     finished: bool = False
 
+    def add(self, attempt: Attempt) -> None:
+        """Move on by a judged attempt."""
+        judgement = attempt.judgement
+        if judgement is None:
+            raise ValueError("an attempt that was not judged cannot be gone on from")
+        self.attempts.append(attempt)
+        self.segment = attempt.segment
+        if attempt.verdict == "erased":
+            self.attempt = attempt.attempt + 1
+            self.erased_tokens += len(attempt.token_ids)
+            self.history = judgement.history
+        else:
+            self.segment += 1
+            self.attempt = 0
+            self.committed += attempt.token_ids
+            self.history = extended_history(judgement.history, judgement.uncertainty, judgement.statistics)
+
+
+@dataclass(slots=True)
+class _Sampled:
+    """What one submission sampled, from position `start` of the response on.
+
+    `versions`: spans (start, end, weight version) over `token_ids`.
+    """
+
+    start: int
+    token_ids: list[int] = field(default_factory=list)
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    def add(self, token_ids: list[int], version: int) -> None:
+        self.versions.append((len(self.token_ids), len(self.token_ids) + len(token_ids), version))
+        self.token_ids += token_ids
+
+    def spans(self, start: int, end: int) -> list[VersionSpan]:
+        """The versions of the tokens at `start` to `end` of the response, counted from `start`."""
+        first, length = start - self.start, end - start
+        spans: list[VersionSpan] = []
+        for begin, stop, version in self.versions:
+            if begin >= first + length or stop <= first:
+                continue
+            begin, stop = max(begin - first, 0), min(stop - first, length)
+            if spans and spans[-1].version == version:
+                begin = spans.pop().start
+            spans.append(VersionSpan(start=begin, end=stop, version=version))
+        return spans
+
 
 class ResubmitRollback:
     """Rollback through requests to vLLM.
 
-    `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests.
+    `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests. `version`: that of the weights now.
     """
 
-    def __init__(self, llm: AsyncLLM, sentinel_ids: tuple[int, int], eos_token_ids: tuple[int, ...], name: str) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        sentinel_ids: tuple[int, int],
+        eos_token_ids: tuple[int, ...],
+        name: str,
+        version: Callable[[], int],
+    ) -> None:
         self._llm = llm
         self._sentinel_ids = sentinel_ids
         self._eos_token_ids = eos_token_ids
         self._name = name
+        self._version = version
         self._uids = itertools.count(1)
         self._mailboxes: dict[int, _Mailbox] = {}
         self.aborted: list[tuple[int, str]] = []
@@ -121,12 +192,21 @@ class ResubmitRollback:
             mailbox.records.append(record)
             mailbox.arrived.set()
 
+    def close(self) -> None:
+        """No more records come: what waits for one fails."""
+        for mailbox in self._mailboxes.values():
+            mailbox.closed = True
+            mailbox.arrived.set()
+
     async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory:
-        """Generate one response, from its start or anew after each erasure, until its last segment is accepted."""
+        """Generate one response, beginning again after each erasure, until its last segment is accepted."""
         policy = request.policy
         if policy is None:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
         progress = _Progress()
+        for attempt in request.resume_from:
+            progress.add(attempt)
+        progress.finished = bool(progress.attempts) and self._is_final(request, progress)
         while not progress.finished:
             uid = next(self._uids)
             self._mailboxes[uid] = _Mailbox()
@@ -137,8 +217,7 @@ class ResubmitRollback:
                 raise
             finally:
                 del self._mailboxes[uid]
-        last = progress.committed[-1]
-        stopped = not request.ignore_eos and last in self._eos_token_ids
+        stopped = self._has_stopped(request, progress)
         return Trajectory(
             prompt_id=request.prompt_id,
             group_id=request.group_id,
@@ -147,11 +226,19 @@ class ResubmitRollback:
             prompt_token_ids=request.prompt_token_ids,
             attempts=progress.attempts,
             erasable=request.erasable,
-            finish_reason=_reason(stopped),
+            finish_reason="stop" if stopped else "length",
             policy=policy,
             erased_token_limit=policy.erased_token_limit(request.max_tokens),
             reused_prefix_tokens=progress.reused_prefix_tokens,
         )
+
+    def _has_stopped(self, request: ResponseRequest, progress: _Progress) -> bool:
+        return not request.ignore_eos and progress.committed[-1] in self._eos_token_ids
+
+    def _is_final(self, request: ResponseRequest, progress: _Progress) -> bool:
+        """Whether the last attempt ended the response: it was generated, only its answer was lost."""
+        accepted = progress.attempts[-1].verdict == "accepted"
+        return accepted and (len(progress.committed) >= request.max_tokens or self._has_stopped(request, progress))
 
     async def _submit(
         self,
@@ -162,31 +249,31 @@ class ResubmitRollback:
         listener: Listener | None,
     ) -> None:
         """One vLLM request: takes every segment it brings into `progress`, up to an erasure or the end."""
-        start = len(progress.committed)
+        sampled = _Sampled(start=len(progress.committed))
         taken = len(progress.attempts)
         mailbox = self._mailboxes[uid]
-        sampled: list[int] = []
         output: RequestOutput | None = None
         async for output in self._request(uid, request, policy, progress, listener):
             tokens = [t for t in output.outputs[0].token_ids if t not in self._sentinel_ids]
-            if listener is not None:
-                if taken and not sampled and tokens:
+            if listener is not None and tokens:
+                if taken and not sampled.token_ids:
                     listener.resumed(output.num_cached_tokens or 0)
-                if tokens:
+                if listener.wants_tokens:
                     listener.sampled(tokens, top_logprobs(output, len(tokens)))
-            sampled += tokens
+            sampled.add(tokens, self._version())
             if listener is not None:
-                while mailbox.records and mailbox.records[0].field(Field.END) <= start + len(sampled):
-                    self._take(mailbox.records.popleft(), sampled, start, progress, listener)
+                while mailbox.records and mailbox.records[0].field(Field.END) <= sampled.end:
+                    self._take(mailbox.records.popleft(), sampled, progress, listener)
         if output is None or output.outputs[0].finish_reason == "abort":
             raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
-        while not progress.finished and (len(progress.attempts) == taken or progress.attempts[-1].verdict != "erased"):
-            self._take(await mailbox.take(uid), sampled, start, progress, listener)
         spans = output.outputs[0].weight_versions or []
-        versions = [(span.start, span.end, int(span.version)) for span in spans]
+        sampled.versions = [(span.start, span.end, int(span.version)) for span in spans]
         for index in range(taken, len(progress.attempts)):
             attempt = progress.attempts[index]
-            progress.attempts[index] = attempt.model_copy(update={"versions": _cut(versions, attempt, start)})
+            versions = sampled.spans(attempt.start, attempt.end)
+            progress.attempts[index] = attempt.model_copy(update={"versions": versions})
+        while not progress.finished and (len(progress.attempts) == taken or progress.attempts[-1].verdict != "erased"):
+            self._take(await mailbox.take(uid), sampled, progress, listener)
         if taken:
             progress.reused_prefix_tokens += output.num_cached_tokens or 0
 
@@ -222,55 +309,43 @@ class ResubmitRollback:
         seed = request.seed
         if seed is not None:
             seed = attempt_seed(seed, progress.segment, progress.attempt)
+        wants_tokens = listener is not None and listener.wants_tokens
         params = SamplingParams(
             temperature=temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             min_p=request.min_p,
-            logprobs=None if listener is None else request.top_logprobs,
+            logprobs=request.top_logprobs if wants_tokens else None,
             seed=seed,
             max_tokens=request.max_tokens - len(progress.committed) + SENTINEL_TOKENS,
             ignore_eos=True,
             stop_token_ids=list(self._sentinel_ids),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
+            stream_interval=None if listener is None or wants_tokens else UNWATCHED_TOKENS,
             extra_args=submission.extra_args(),
         )
         # In this form vLLM takes token ids as they are; as a prompt they would go through its pool of threads.
         prompt = tokens_input(request.prompt_token_ids + progress.committed)
-        return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if retried else 0)
+        return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if progress.attempts else 0)
 
-    def _take(
-        self,
-        record: JudgementRecord,
-        sampled: list[int],
-        start: int,
-        progress: _Progress,
-        listener: Listener | None,
-    ) -> None:
-        """Move `progress` on by one judged segment; `sampled` are this submission's tokens, from `start` on."""
+    def _take(self, record: JudgementRecord, sampled: _Sampled, progress: _Progress, listener: Listener | None) -> None:
+        """Move `progress` on by one judged segment of what was `sampled`."""
         first, end = int(record.field(Field.START)), int(record.field(Field.END))
-        token_ids = sampled[first - start : end - start]
+        token_ids = sampled.token_ids[first - sampled.start : end - sampled.start]
         if len(token_ids) != end - first:
-            raise RecordLost(f"a judgement of tokens {first} to {end}, but only {start + len(sampled)} were sampled")
-        progress.attempts.append(_attempt(record, token_ids))
+            raise RecordLost(f"a judgement of tokens {first} to {end}, but only {sampled.end} were sampled")
+        attempt = _attempt(record, token_ids, sampled.spans(first, end))
+        progress.add(attempt)
+        progress.finished = record.final
         if progress.erased_at is not None:
             self.erasures += 1
             self.lost_steps += record.opened - progress.erased_at
             progress.erased_at = None
         if record.erased:
             progress.erased_at = record.step
-            progress.erased_tokens += len(token_ids)
-            progress.attempt = int(record.field(Field.ATTEMPT)) + 1
-            progress.segment = int(record.field(Field.SEGMENT))
-            progress.history = _history(record)
-        else:
-            progress.committed += token_ids
-            progress.attempt = 0
-            progress.segment = int(record.field(Field.SEGMENT)) + 1
-            progress.finished = record.final
         if listener is not None:
-            listener.judged(record, token_ids)
+            listener.judged(attempt, record.final)
 
 
 def top_logprobs(output: RequestOutput, tokens: int) -> TopLogprobs | None:
@@ -281,23 +356,11 @@ def top_logprobs(output: RequestOutput, tokens: int) -> TopLogprobs | None:
     return [{token: entry.logprob for token, entry in entries[place].items()} for place in range(tokens)]
 
 
-def _reason(stopped: bool) -> FinishReason:
-    return "stop" if stopped else "length"
-
-
-def _history(record: JudgementRecord) -> History:
-    return History(
-        record.field(Field.HISTORY_UNCERTAINTY),
-        record.field(Field.HISTORY_MEAN),
-        record.field(Field.HISTORY_DEVIATION),
-    )
-
-
 def _finite(value: float) -> float | None:
     return None if value == float("inf") else value
 
 
-def _attempt(record: JudgementRecord, token_ids: list[int]) -> Attempt:
+def _attempt(record: JudgementRecord, token_ids: list[int], versions: list[VersionSpan]) -> Attempt:
     per_token: Any = record.per_token
     logprobs, behaviour_logprobs, signal = per_token.T.tolist()
     get = record.field
@@ -311,7 +374,7 @@ def _attempt(record: JudgementRecord, token_ids: list[int]) -> Attempt:
         behaviour_logprobs=behaviour_logprobs,
         signal=signal,
         temperature=get(Field.TEMPERATURE),
-        versions=[],
+        versions=versions,
         verdict="erased" if record.erased else "accepted",
         judgement=Judgement(
             uncertainty=get(Field.UNCERTAINTY),
@@ -323,17 +386,7 @@ def _attempt(record: JudgementRecord, token_ids: list[int]) -> Attempt:
             modulation=get(Field.MODULATION),
             threshold=_finite(get(Field.THRESHOLD)),
             statistics=GroupStatistics(*record.fields[Field.COUNT : Field.PRIOR_VARIANCE + 1]),
-            history=_history(record),
+            history=History(*record.fields[Field.HISTORY_UNCERTAINTY : Field.HISTORY_DEVIATION + 1]),
             erased_tokens_before=int(get(Field.ERASED_BEFORE)),
         ),
     )
-
-
-def _cut(versions: list[tuple[int, int, int]], attempt: Attempt, offset: int) -> list[VersionSpan]:
-    """The spans of one attempt, in its own token positions; `versions` are those of its request's output."""
-    first, length = attempt.start - offset, attempt.end - attempt.start
-    return [
-        VersionSpan(start=max(start - first, 0), end=min(end - first, length), version=version)
-        for start, end, version in versions
-        if start < first + length and end > first
-    ]

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.config import EngineConfig, ModelConfig
-from common.trajectory import ResponseRequest, Trajectory
+from common.trajectory import Attempt, ResponseRequest, Trajectory
 from rollout_server.engine import ErasableEngine
-from rollout_server.records import JudgementRecord
 
 T = TypeVar("T")
 TEST_SECONDS = 300.0
@@ -81,13 +80,15 @@ def group_requests(
 class SilentListener:
     """A listener that ignores what it is told; tests override what they watch."""
 
+    wants_tokens = True
+
     def sampled(self, token_ids: list[int], logprobs: object) -> None:
         return
 
     def resumed(self, cached_tokens: int) -> None:
         return
 
-    def judged(self, record: JudgementRecord, token_ids: list[int]) -> None:
+    def judged(self, attempt: Attempt, final: bool) -> None:
         return
 
 

@@ -11,12 +11,10 @@ from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
 from common.weights import WeightUpdate
 from rollout_server.http.admin import WeightLoader, admin_app
 from rollout_server.http.app import public_app
-from rollout_server.http.replicas import EngineFacts, ReplicaSet
+from rollout_server.http.replicas import EngineFacts, ReplicaLost, ReplicaSet
 from rollout_server.http.service import Service
 from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import Tracing
-from rollout_server.monitor import Field
-from rollout_server.records import JudgementRecord
 from tests.http_server import events
 from tests.models import byte_tokenizer
 from tests.trajectories import attempt_of
@@ -42,7 +40,8 @@ class StubReplica:
     """Implements `Replica`. `script` makes the attempts of a monitored response, and the text of a plain one.
 
     A response waits for `gate`, if there is one, before attempt number `said_before_gate` of its script. `failures`
-    are raised, one a call, before anything is said, and `pause_failures` by `pause`.
+    are raised, one a call, before anything is said, and `pause_failures` by `pause`. It dies after what `dies_after`
+    says, one a call: the number of tokens and judgements that come first.
     """
 
     def __init__(self, script: Script, gate: asyncio.Event | None = None, said_before_gate: int = 0) -> None:
@@ -51,6 +50,7 @@ class StubReplica:
         self.said_before_gate = said_before_gate
         self.failures: list[Exception] = []
         self.pause_failures: list[Exception] = []
+        self.dies_after: list[int] = []
         self.requests: list[ResponseRequest] = []
         self.under_way = 0
         self.calls: list[str] = []
@@ -73,8 +73,20 @@ class StubReplica:
 
     async def _say(self, request: ResponseRequest, listener: Any) -> Trajectory:
         attempts: list[Attempt] = []
-        position = segment = number = 0
+        position = segment = number = reused = 0
         script = self.script(request)
+        left = self.dies_after.pop(0) if self.dies_after else None
+
+        async def happens(what: Callable[..., None], *arguments: Any) -> None:
+            nonlocal left
+            if left is not None:
+                left -= 1
+                if left < 0:
+                    raise ReplicaLost("killed")
+            if listener is not None:
+                what(*arguments)
+                await asyncio.sleep(0)
+
         for place, (verdict, text) in enumerate(script):
             if self.gate is not None and place >= self.said_before_gate:
                 await self.gate.wait()
@@ -94,17 +106,26 @@ class StubReplica:
                 uncertainty=None if request.policy is None else UNCERTAINTY,
             )
             attempts.append(attempt)
-            if listener is not None:
+            if place < len(request.resume_from):
+                assert attempt == request.resume_from[place]
+            else:
+                if listener is not None and place and (number or place == len(request.resume_from)):
+                    listener.resumed(position)
+                    reused += position
+                wants_tokens = listener is not None and listener.wants_tokens
                 for token_id in token_ids:
                     top = None if request.top_logprobs is None else [{token_id: -1.0, 65: -0.5}]
-                    listener.sampled([token_id], top)
-                    await asyncio.sleep(0)
+                    await happens(listener.sampled if wants_tokens else _ignored, [token_id], top)
                 if request.policy is not None:
-                    listener.judged(_record(attempt, final=place == len(script) - 1), token_ids)
+                    await happens(
+                        listener.judged if listener is not None else _ignored, attempt, place == len(script) - 1
+                    )
             if verdict == "erased":
                 number += 1
             else:
                 position, segment, number = attempt.end, segment + 1, 0
+        if left == 0:
+            raise ReplicaLost("killed")
         return Trajectory(
             prompt_id=request.prompt_id,
             group_id=request.group_id,
@@ -115,6 +136,7 @@ class StubReplica:
             erasable=request.policy is not None,
             finish_reason="length" if request.ignore_eos else "stop",
             policy=request.policy,
+            reused_prefix_tokens=reused,
         )
 
     async def probe(self) -> None:
@@ -137,20 +159,8 @@ class StubReplica:
         self.calls.append("close")
 
 
-def _record(attempt: Attempt, *, final: bool) -> JudgementRecord:
-    fields = [0.0] * len(Field)
-    fields[Field.SEGMENT] = attempt.segment
-    fields[Field.ATTEMPT] = attempt.attempt
-    fields[Field.START] = attempt.start
-    fields[Field.END] = attempt.end
-    fields[Field.UNCERTAINTY] = UNCERTAINTY
-    fields[Field.THRESHOLD] = float("inf")
-    fields[Field.BASELINE] = float("inf")
-    fields[Field.ERASED] = float(attempt.verdict == "erased")
-    fields[Field.FINAL] = float(final)
-    fields[Field.JUDGED] = 1.0
-    per_token = torch.tensor([attempt.logprobs, attempt.behaviour_logprobs, attempt.signal]).T.contiguous()
-    return JudgementRecord(uid=1, opened=0, step=0, fields=fields, tokens=per_token.numpy().tobytes())
+def _ignored(*_: Any) -> None:
+    return
 
 
 class StubServer:

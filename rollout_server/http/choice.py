@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from common.trajectory import FinishReason, ResponseRequest, Trajectory
+from common.trajectory import Attempt, FinishReason, ResponseRequest, Trajectory
 from rollout_server.http.detokenize import TextCursor
 from rollout_server.http.segments import JudgedSegment
-from rollout_server.records import JudgementRecord
 
 if TYPE_CHECKING:
     from rollout_server.rollback import TopLogprobs
@@ -23,6 +22,15 @@ class TokenEntry:
     top: dict[int, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An attempt's place in a response: the segment it is at, its number there and its first token's position."""
+
+    index: int
+    attempt: int
+    start: int
+
+
 @dataclass(slots=True)
 class Chunk:
     """What is new of a choice. `retract`: characters to drop from its end, and tokens, because of `erased`."""
@@ -30,7 +38,7 @@ class Chunk:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     entries: list[TokenEntry] = field(default_factory=list)
-    erased: JudgedSegment | None = None
+    erased: Place | None = None
     retract: int = 0
     retract_tokens: int = 0
     final: bool = False
@@ -62,7 +70,7 @@ class Choice:
 
     `changed` is called whenever there is a new chunk; without it none are kept. `stop` is called when a stop string
     makes going on needless. Text and tokens are those of accepted segments; in live mode chunks hold tokens as they
-    are sampled, and an erasure takes them back.
+    are sampled, and an erasure takes them back. `attempts`: those judged so far, from which it can be resumed.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.entries: list[TokenEntry] = []
         self.segments: list[JudgedSegment] = []
+        self.attempts: list[Attempt] = []
         self.erased_tokens = 0
         self.reused_prefix_tokens = 0
         self.policy_version = 0
@@ -114,8 +123,9 @@ class Choice:
         """Whether a stop string was found in committed text."""
         return self._cursor.stopped is not None
 
-    def needs_listening(self) -> bool:
-        """Whether what the finished trajectory says is not enough."""
+    @property
+    def wants_tokens(self) -> bool:
+        """Part of `Listener`: whether judged segments, or the finished trajectory, are not enough."""
         return (
             self._changed is not None
             or self._observer.follows
@@ -144,14 +154,12 @@ class Choice:
         """Part of `Listener`."""
         self.reused_prefix_tokens += cached_tokens
 
-    def judged(self, record: JudgementRecord, token_ids: list[int]) -> None:
+    def judged(self, attempt: Attempt, final: bool) -> None:
         """Part of `Listener`."""
-        wants_logprobs = self.options.top_logprobs is not None
-        self._judge(JudgedSegment.from_record(record, token_ids, wants_logprobs))
-
-    def _judge(self, segment: JudgedSegment) -> None:
         if self.has_stopped():
             return
+        self.attempts.append(attempt)
+        segment = JudgedSegment.from_attempt(attempt, final, self.options.top_logprobs is not None)
         ended = time.time_ns()
         self._observer.attempt(self, segment, self._attempt_started, ended)
         self._attempt_started = ended
@@ -173,11 +181,37 @@ class Choice:
         self.erased_tokens += len(segment.token_ids)
         if self._raw is not None:
             segment.text, _ = self._raw.copy().feed(segment.token_ids)
-        if self._live is not None:
-            retract = self._live.characters - self._cursor.characters
-            self._live = self._cursor.copy()
-            tokens, self._live_tokens = self._live_tokens - len(self.token_ids), len(self.token_ids)
-            self._emit(Chunk(erased=segment, retract=retract, retract_tokens=tokens))
+        self._take_back(Place(segment.index, segment.attempt, segment.start))
+
+    def _take_back(self, place: Place) -> None:
+        """Tell a live stream to drop what it showed of the attempt at `place`."""
+        if self._live is None:
+            return
+        retract = self._live.characters - self._cursor.characters
+        self._live = self._cursor.copy()
+        tokens, self._live_tokens = self._live_tokens - len(self.token_ids), len(self.token_ids)
+        self._emit(Chunk(erased=place, retract=retract, retract_tokens=tokens))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its last segment was accepted."""
+        return bool(self.segments) and self.segments[-1].final
+
+    def rewind(self) -> None:
+        """Forget what was sampled after the last judged segment: the replica that sampled it is lost.
+
+        The attempt that was under way is made again, under the same number.
+        """
+        self._pending.clear()
+        self._attempt_started = time.time_ns()
+        if self._live_tokens > len(self.token_ids):
+            last = self.segments[-1] if self.segments else None
+            if last is None:
+                self._take_back(Place(0, 0, 0))
+            elif last.erased:
+                self._take_back(Place(last.index, last.attempt + 1, last.start))
+            else:
+                self._take_back(Place(last.index + 1, 0, last.end))
 
     def _commit(self, token_ids: list[int], entries: list[TokenEntry], segment: JudgedSegment | None = None) -> None:
         if self.has_stopped():
@@ -194,17 +228,18 @@ class Choice:
         if self.has_stopped() and self.stop is not None and not (segment is not None and segment.final):
             self.stop()
 
-    def replay(self, trajectory: Trajectory) -> None:
-        """Take a response that was generated without listening."""
-        last = trajectory.attempts[-1]
-        for attempt in trajectory.attempts:
-            if attempt.judgement is None:
-                self._commit(attempt.token_ids, [])
-            else:
-                self._judge(JudgedSegment.from_attempt(attempt, attempt.judgement, attempt is last))
+    def take(self, trajectory: Trajectory) -> None:
+        """Take a plain response that was generated without listening."""
+        self._commit(trajectory.token_ids, [])
 
     def finish(self, trajectory: Trajectory | None, policy_version: int) -> None:
-        """The response is complete; `trajectory` is None if a stop string ended it before the engine did."""
+        """The response is complete; `trajectory` is None if a stop string ended it before the engine did.
+
+        A trajectory that was resumed knows neither the group it began in nor what was reused before.
+        """
+        if trajectory is not None and trajectory.group_id != self.request.group_id:
+            known = {"group_id": self.request.group_id, "reused_prefix_tokens": self.reused_prefix_tokens}
+            trajectory = trajectory.model_copy(update=known)
         self.trajectory = trajectory
         if trajectory is not None:
             self.reused_prefix_tokens = trajectory.reused_prefix_tokens

@@ -18,8 +18,9 @@ MakeChoice = Callable[[int, ResponseRequest, Callable[[Choice], None] | None], C
 class Generation:
     """Generates groups of responses; each group stays on one replica.
 
-    If a replica dies before anything was shown to the client, its groups are generated anew on another; afterwards
-    the request fails with 503. Leaving the context cancels what is not finished, which frees its KV blocks.
+    If a replica dies, what its groups lack is generated on another, at most `RESUBMISSIONS` times a group: monitored
+    responses go on from their last judged segment, plain ones begin anew. If part of a plain one may have been shown
+    to the client, the request fails with 503.
     """
 
     def __init__(
@@ -31,8 +32,7 @@ class Generation:
         self._fresh: dict[int, Choice] = {}
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._requests = groups
-        self.shown = False
+        self._shown = False
         self.resubmissions = 0
         indices = itertools.count()
         changed = self._changed if streams else None
@@ -66,7 +66,7 @@ class Generation:
                 fresh, self._fresh = self._fresh, {}
                 batch = [(choice, chunk) for choice in fresh.values() for chunk in _joined(choice)]
                 if batch:
-                    self.shown = True
+                    self._shown = True
                     yield batch
                 elif everything.done():
                     await everything
@@ -90,29 +90,47 @@ class Generation:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _group(self, number: int) -> None:
-        """Generate one group, on another replica if its own dies."""
-        for attempt in itertools.count():
-            group = self.groups[number]
-            member = await self._choose(len(group), resubmitted=attempt > 0)
-            tasks = [asyncio.create_task(self._respond(choice, member)) for choice in group]
+        """Generate one group, what is left of it on another replica if its own dies."""
+        group = self.groups[number]
+        for losses in itertools.count():
+            unfinished = [choice for choice in group if choice.finish_reason is None]
+            requests = [choice.request for choice in unfinished]
+            if losses:
+                requests = _resumed(unfinished, losses)
+            member = await self._choose(len(unfinished), resubmitted=losses > 0)
+            tasks = [
+                asyncio.create_task(self._respond(choice, request, member))
+                for choice, request in zip(unfinished, requests, strict=True)
+            ]
             try:
                 await _all(tasks)
                 return
             except ReplicaLost as error:
                 self._replicas.lost(member)
-                if self.shown or attempt >= RESUBMISSIONS:
+                if losses >= RESUBMISSIONS:
                     raise unavailable("the replica that generated this response died") from error
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                self._replicas.leave(member, len(group))
+                self._replicas.leave(member, len(unfinished))
             self.resubmissions += 1
-            log.warning("a replica died; its %d responses are generated anew", len(group))
-            changed = self._changed if self._streams else None
-            self.groups[number] = [
-                self._make_choice(choice.index, _renamed(choice.request, attempt), changed) for choice in group
-            ]
+            log.warning("a replica died; what its %d responses lack is generated on another", len(unfinished))
+            self._rewind(group)
+
+    def _rewind(self, group: list[Choice]) -> None:
+        """Take the unfinished choices of a group back to where they can be resumed."""
+        for place, choice in enumerate(group):
+            if choice.finish_reason is not None:
+                continue
+            if choice.request.policy is not None:
+                choice.rewind()
+            elif self._shown:
+                raise unavailable("the replica that generated this response died")
+            else:
+                self._fresh.pop(choice.index, None)
+                changed = self._changed if self._streams else None
+                group[place] = self._make_choice(choice.index, choice.request, changed)
 
     async def _choose(self, responses: int, resubmitted: bool) -> Member:
         """A replica; after a loss, wait for one to come back: the request's deadline bounds the wait."""
@@ -124,21 +142,24 @@ class Generation:
                     raise
             await asyncio.sleep(0.1)
 
-    async def _respond(self, choice: Choice, member: Member) -> None:
+    async def _respond(self, choice: Choice, request: ResponseRequest, member: Member) -> None:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("responses are generated in tasks of their own")
-        listens = choice.needs_listening()
+        listens = request.policy is not None or choice.wants_tokens
         choice.stop = lambda: _cancel(task)
         trajectory: Trajectory | None = None
         try:
-            trajectory = await member.replica.generate(choice.request, choice if listens else None)
+            trajectory = await member.replica.generate(request, choice if listens else None)
         except asyncio.CancelledError:
             if not choice.has_stopped():
                 raise
             task.uncancel()
+        except ReplicaLost:
+            if not choice.has_stopped():
+                raise
         if trajectory is not None and not listens:
-            choice.replay(trajectory)
+            choice.take(trajectory)
         choice.finish(trajectory, member.version)
 
 
@@ -170,6 +191,16 @@ def _joined(choice: Choice) -> list[Chunk]:
     return joined
 
 
-def _renamed(request: ResponseRequest, attempt: int) -> ResponseRequest:
-    """The same request in a group of its own: the old one's statistics are gone with its replica."""
-    return request.model_copy(update={"group_id": f"{request.group_id}~{attempt + 1}"})
+def _resumed(choices: list[Choice], losses: int) -> list[ResponseRequest]:
+    """Requests for what the choices lack, as a group of their own: the old one's statistics are gone."""
+    size = sum(not choice.is_complete for choice in choices)
+    return [
+        choice.request.model_copy(
+            update={
+                "group_id": f"{choice.request.group_id}~{losses}",
+                "group_size": max(size, 1),
+                "resume_from": choice.attempts.copy(),
+            }
+        )
+        for choice in choices
+    ]

@@ -10,7 +10,7 @@ from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine import ErasableEngine, WeightSyncError
 from rollout_server.http.replicas import EngineFacts, GenerationAborted, NoWeights, ReplicaLost
-from rollout_server.rollback import Listener
+from rollout_server.rollback import Listener, RecordLost
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
 
@@ -34,6 +34,10 @@ class LocalReplica:
         try:
             return await engine.generate(request, listener)
         except EngineDeadError as error:
+            raise ReplicaLost("the engine died") from error
+        except RecordLost as error:
+            if engine is self._engine:
+                raise
             raise ReplicaLost("the engine died") from error
         except WeightSyncError as error:
             raise NoWeights(str(error)) from error

@@ -37,7 +37,7 @@ class ServerMetrics:
             "e3rl_reused_prefix_tokens", "Tokens that the prefix cache gave back after an erasure."
         )
         self.resubmissions = self._counter(
-            "e3rl_resubmissions", "Groups that were generated anew because their replica died."
+            "e3rl_resubmissions", "Groups that were given to another replica because theirs died."
         )
         self.syncs = Counter("e3rl_weight_syncs", "Weight syncs.", ["result"], registry=self.registry)
 

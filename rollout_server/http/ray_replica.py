@@ -11,10 +11,9 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from common.config.run import EngineConfig, ModelConfig
-from common.trajectory import ResponseRequest, Trajectory
+from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.http.replicas import EngineFacts, ReplicaLost
-from rollout_server.records import JudgementRecord
 
 if TYPE_CHECKING:
     from rollout_server.rollback import Listener, TopLogprobs
@@ -32,7 +31,8 @@ Event = tuple[int, str, Any]
 class _Recorder:
     """A listener that puts what it hears into the actor's outbox."""
 
-    def __init__(self, key: int, outbox: "_Outbox") -> None:
+    def __init__(self, key: int, outbox: "_Outbox", wants_tokens: bool) -> None:
+        self.wants_tokens = wants_tokens
         self._key = key
         self._outbox = outbox
 
@@ -42,8 +42,8 @@ class _Recorder:
     def resumed(self, cached_tokens: int) -> None:
         self._outbox.put((self._key, "resumed", (cached_tokens,)))
 
-    def judged(self, record: JudgementRecord, token_ids: list[int]) -> None:
-        self._outbox.put((self._key, "judged", (record, token_ids)))
+    def judged(self, attempt: Attempt, final: bool) -> None:
+        self._outbox.put((self._key, "judged", (attempt, final)))
 
 
 class _Outbox:
@@ -81,12 +81,12 @@ class ReplicaActor:
     async def start(self) -> EngineFacts:
         return await self._replica.start()
 
-    async def submit(self, key: int, request: ResponseRequest, listens: bool) -> None:
+    async def submit(self, key: int, request: ResponseRequest, listens: bool, wants_tokens: bool) -> None:
         """Begin a response; how it goes on is among the events."""
-        self._tasks[key] = asyncio.create_task(self._respond(key, request, listens))
+        listener = _Recorder(key, self._outbox, wants_tokens) if listens else None
+        self._tasks[key] = asyncio.create_task(self._respond(key, request, listener))
 
-    async def _respond(self, key: int, request: ResponseRequest, listens: bool) -> None:
-        listener = _Recorder(key, self._outbox) if listens else None
+    async def _respond(self, key: int, request: ResponseRequest, listener: _Recorder | None) -> None:
         try:
             trajectory = await self._replica.generate(request, listener)
         except Exception as error:
@@ -167,7 +167,8 @@ class RayReplica:
         finished: asyncio.Future[Trajectory] = asyncio.get_running_loop().create_future()
         self._responses[key] = listener, finished
         try:
-            self._actor.submit.remote(key, request, listener is not None)
+            wants_tokens = listener is not None and listener.wants_tokens
+            self._actor.submit.remote(key, request, listener is not None, wants_tokens)
             return await finished
         except asyncio.CancelledError:
             self._actor.cancel.remote(key)

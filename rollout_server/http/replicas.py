@@ -18,7 +18,7 @@ RESTART_PAUSE_SECONDS = 1.0
 
 
 class ReplicaLost(Exception):
-    """The replica is dead, or did not answer; what it was generating is gone."""
+    """The replica is dead, or did not answer; of what it was generating only what listeners heard is left."""
 
 
 class GenerationAborted(Exception):
@@ -48,7 +48,10 @@ class Replica(Protocol):
         ...
 
     async def generate(self, request: ResponseRequest, listener: "Listener | None") -> Trajectory:
-        """Raises `ReplicaLost` if the engine dies; cancelling frees what it holds."""
+        """Raises `ReplicaLost` if the engine dies; cancelling frees what it holds.
+
+        Without a listener nothing is known of a response that is lost; with one, what was judged.
+        """
         ...
 
     async def probe(self) -> None:

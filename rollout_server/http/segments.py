@@ -1,10 +1,8 @@
-"""One judged attempt, from the engine's record of it or from a finished trajectory."""
+"""One judged attempt, as answers report it."""
 
 from dataclasses import dataclass
 
-from common.trajectory import Attempt, Judgement
-from rollout_server.monitor import Field
-from rollout_server.records import JudgementRecord
+from common.trajectory import Attempt
 
 
 @dataclass(slots=True)
@@ -30,31 +28,11 @@ class JudgedSegment:
     text: str = ""
 
     @classmethod
-    def from_record(cls, record: JudgementRecord, token_ids: list[int], with_logprobs: bool) -> "JudgedSegment":
-        """From what the monitor sent."""
-        get = record.field
-        return cls(
-            index=int(get(Field.SEGMENT)),
-            attempt=int(get(Field.ATTEMPT)),
-            start=int(get(Field.START)),
-            end=int(get(Field.END)),
-            uncertainty=get(Field.UNCERTAINTY),
-            base=get(Field.BASE),
-            extreme=get(Field.EXTREME),
-            gradient=get(Field.GRADIENT),
-            baseline=_finite(get(Field.BASELINE)),
-            penalty=get(Field.PENALTY),
-            modulation=get(Field.MODULATION),
-            threshold=_finite(get(Field.THRESHOLD)),
-            erased=record.erased,
-            final=record.final,
-            token_ids=token_ids,
-            logprobs=record.per_token[:, 0].tolist() if with_logprobs else [],
-        )
-
-    @classmethod
-    def from_attempt(cls, attempt: Attempt, judgement: Judgement, final: bool) -> "JudgedSegment":
-        """From a trajectory's attempt."""
+    def from_attempt(cls, attempt: Attempt, final: bool, with_logprobs: bool) -> "JudgedSegment":
+        """From an attempt that was judged."""
+        judgement = attempt.judgement
+        if judgement is None:
+            raise ValueError("an attempt of a response that is not monitored has no judgement")
         return cls(
             index=attempt.segment,
             attempt=attempt.attempt,
@@ -71,9 +49,5 @@ class JudgedSegment:
             erased=attempt.verdict == "erased",
             final=final,
             token_ids=attempt.token_ids,
-            logprobs=attempt.logprobs,
+            logprobs=attempt.logprobs if with_logprobs else [],
         )
-
-
-def _finite(value: float) -> float | None:
-    return None if value in (float("inf"), float("-inf")) else value

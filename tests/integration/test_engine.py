@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from common.config import ErasurePolicy, FixedSegmentation
-from common.trajectory import ResponseRequest
+from common.trajectory import Attempt, ResponseRequest
 from rollout_server.engine import PromptTooLong
-from rollout_server.records import JudgementRecord
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
 from tests.models import tiny_qwen3
 
@@ -175,12 +174,12 @@ class _Listener(SilentListener):
         self.first.set()
         self.tokens += token_ids
 
-    def judged(self, record: JudgementRecord, token_ids: list[int]) -> None:
-        if record.erased:
-            assert self.tokens[len(self.committed) :] == token_ids
+    def judged(self, attempt: Attempt, final: bool) -> None:
+        if attempt.verdict == "erased":
+            assert self.tokens[len(self.committed) :] == attempt.token_ids
             del self.tokens[len(self.committed) :]
         else:
-            self.committed += token_ids
+            self.committed += attempt.token_ids
             assert self.tokens[: len(self.committed)] == self.committed
 
 

@@ -127,7 +127,10 @@ class ErasureReport(AnswerModel):
 
 
 class ErasureEvent(AnswerModel):
-    """In live streams: drop `retract_characters` (Unicode code points) from the end of this choice's text."""
+    """In live streams: drop `retract_characters` (Unicode code points) from the end of this choice's text.
+
+    An attempt that was cut short because its replica died is taken back in the same way, and made again.
+    """
 
     event: Literal["erase"]
     segment: int
