@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.http_server import ServerProcess, events, running_server, texts
+from tests.http_server import Background, ServerProcess, events, running_server, texts
 
 ERASURE = {"segmentation": {"mode": "fixed", "length": 5}, "threshold": 0, "max_erasures": 1}
 
@@ -39,6 +39,18 @@ def test_streams_through_actors_are_the_whole_answer(pair: ServerProcess) -> Non
         assert texts(list(events(iter(answer.text.split("\n")))), 3) == whole
     stopped = pair.complete(**request, erasure=ERASURE, stop=whole[0][3:5])["choices"][0]
     assert stopped["text"] == whole[0][: whole[0].index(whole[0][3:5])]
+
+
+def test_pauses_reach_both_replicas(pair: ServerProcess) -> None:
+    body: dict[str, Any] = {"prompt": "Hello", "n": 8, "ignore_eos": True, "erasure": ERASURE}
+    calls = [Background(lambda: pair.post("/v1/completions", **body, max_tokens=900)) for _ in range(2)]
+    pair.wait_for("e3rl_responses_active", 16)
+    assert pair.admin_client.post("/pause", json={"mode": "abort"}).status_code == 200
+    assert [call.result(5.0).status_code for call in calls] == [503, 503]
+    calls = [Background(lambda: pair.post("/v1/completions", **body, max_tokens=4)) for _ in range(2)]
+    assert all(call.is_pending() for call in calls)
+    assert pair.admin_client.post("/resume").status_code == 200
+    assert [call.result().status_code for call in calls] == [200, 200]
 
 
 def requests(model: str) -> list[dict[str, Any]]:
