@@ -75,9 +75,11 @@ def committed(answer: httpx.Response) -> list[tuple[Any, ...]]:
     token_ids: list[list[int]] = [[] for _ in range(count)]
     offsets: list[list[int]] = [[] for _ in range(count)]
     reports: dict[int, list[Any]] = {}
+    retracted: list[int] = []
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         place, erasure = choice["index"], choice.get("erasure") or {}
         if erasure.get("event") == "erase":
+            retracted.append(erasure["retract_tokens"])
             del token_ids[place][len(token_ids[place]) - erasure["retract_tokens"] :]
             del offsets[place][len(token_ids[place]) :]
         elif erasure.get("event") == "finish":
@@ -85,6 +87,8 @@ def committed(answer: httpx.Response) -> list[tuple[Any, ...]]:
         token_ids[place] += choice["token_ids"]
         offsets[place] += (choice["logprobs"] or {}).get("text_offset", [])
     assert all(offset == sorted(offset) for offset in offsets)
+    # No more is taken back than the segment under way, and what followed it before its judgement was heard of.
+    assert max(retracted, default=0) <= 10
     return [(text, token_ids[place], reports[place]) for place, text in enumerate(texts(chunks, count))]
 
 
@@ -96,32 +100,39 @@ def accepted(report: dict[str, Any]) -> list[Any]:
     return [[s[name] for name in names] for s in report["segments"] if s["verdict"] == "accepted"]
 
 
+async def kill_half_way(server: ServerProcess, engines: int) -> None:
+    """Kill an engine under requests of every kind: their answers are those of undisturbed ones."""
+    before = server.metric("e3rl_erasures_total")
+    resubmitted = server.metric("e3rl_resubmissions_total")
+    async with httpx.AsyncClient(base_url=server.url, timeout=240.0) as client:
+
+        def ask_all() -> list[asyncio.Task[httpx.Response]]:
+            return [asyncio.create_task(client.post("/v1/completions", json=body)) for body in requests(server.model)]
+
+        undisturbed = await asyncio.gather(*ask_all())
+        erasures = server.metric("e3rl_erasures_total") - before
+        calls = ask_all()
+        while server.metric("e3rl_erasures_total") - before < 1.4 * erasures:
+            await asyncio.sleep(0.05)
+        victims = engine_processes(server)
+        assert len(victims) == engines
+        os.kill(victims[0].pid, signal.SIGKILL)
+        answers = await asyncio.gather(*calls)
+    assert [answer.status_code for answer in answers] == [200] * len(answers)
+    for answer, other in zip(answers, undisturbed, strict=True):
+        assert committed(answer) == committed(other)
+    assert server.metric("e3rl_erasures_total") - before == 2 * erasures, "an attempt was judged twice"
+    assert server.metric("e3rl_resubmissions_total") - resubmitted >= len(answers) // 4
+
+
 async def test_a_killed_replica_loses_no_request_and_comes_back_with_the_weights(
     pair: ServerProcess, http_model: Path
 ) -> None:
     synced = pair.admin_client.post("/weights/sync", json={"path": str(http_model.parent / "other")})
     assert synced.status_code == 200, synced.text
     checksum = synced.json()["checksum"]
-    async with httpx.AsyncClient(base_url=pair.url, timeout=240.0) as client:
-
-        async def ask_all() -> list[asyncio.Task[httpx.Response]]:
-            return [asyncio.create_task(client.post("/v1/completions", json=body)) for body in requests(pair.model)]
-
-        undisturbed = await asyncio.gather(*await ask_all())
-        erased = pair.metric("e3rl_erased_tokens_total")
-        calls = await ask_all()
-        while pair.metric("e3rl_erasures_total") < 2 * 30 * 40 * 0.6:
-            await asyncio.sleep(0.05)
-        victims = engine_processes(pair)
-        assert len(victims) == 2
-        os.kill(victims[0].pid, signal.SIGKILL)
-        answers = await asyncio.gather(*calls)
-    assert [answer.status_code for answer in answers] == [200] * len(answers)
-    for answer, other in zip(answers, undisturbed, strict=True):
-        assert committed(answer) == committed(other)
-    # What was judged before the loss was not generated again.
-    assert pair.metric("e3rl_erased_tokens_total") == 2 * erased
-    assert 4 <= pair.metric("e3rl_resubmissions_total") <= len(answers)
+    await kill_half_way(pair, engines=2)
+    assert pair.metric("e3rl_replica_restarts") <= 1
     deadline = time.monotonic() + 240.0
     while pair.metric("e3rl_replicas_ready") < 2:
         assert time.monotonic() < deadline, pair.client.get("/ready").text
@@ -132,3 +143,11 @@ async def test_a_killed_replica_loses_no_request_and_comes_back_with_the_weights
     assert pair.metric("e3rl_replica_restarts") == 1
     again = pair.complete(max_tokens=5, n=4)
     assert {choice["erasure"]["policy_version"] for choice in again["choices"]} == {1}
+
+
+async def test_a_server_whose_only_engine_is_killed_answers_all_requests(
+    http_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with running_server(http_model, tmp_path_factory.mktemp("alone")) as server:
+        await kill_half_way(server, engines=1)
+        assert server.metric("e3rl_replica_restarts") == 1
