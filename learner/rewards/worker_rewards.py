@@ -113,6 +113,8 @@ def load_math() -> RewardFunction:
         answer = math_verify.parse(item.response, extraction_config=boxed_first, parsing_timeout=0)
         return float(math_verify.verify(reference, answer, timeout_seconds=None))
 
+    # The first comparison loads sympy's grammar, which can take seconds: no response's time limit should pay for that.
+    score(RewardItem("", "", r"\boxed{\frac{1}{2}}", "0.5"))
     return score
 
 

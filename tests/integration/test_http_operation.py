@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.http_load import load
 from tests.http_server import ROOT, ServerProcess, environment, running_server
 
-LOAD_SECONDS = 20.0
+LOAD_SECONDS = 120.0
 CLIENTS = 256
 
 
