@@ -342,6 +342,8 @@ def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> Asyn
         block_size=engine.block_size,
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=True,
+        # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
+        enable_chunked_prefill=False if current_platform.is_cpu() else None,
         scheduling_policy="priority",
         logits_processors=[LOGITS_PROCESSOR],
         worker_extension_cls=WORKER_EXTENSION,

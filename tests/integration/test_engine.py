@@ -127,6 +127,14 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_lengths(engine: Running
         engine.generate([request])
 
 
+def test_a_burst_of_long_prompts_with_seeds_is_served(engine: RunningEngine, reference: ReferenceModel) -> None:
+    """More tokens than one step takes, so that vLLM would compute some prompts in parts."""
+    requests = group_requests(40, 1, max_tokens=4, prompt_tokens=200, seed=19, policy=POLICY)
+    for trajectory in engine.generate(requests):
+        expected = reference.logprobs(trajectory.prompt_token_ids, trajectory.token_ids)
+        torch.testing.assert_close(torch.tensor(trajectory.logprobs).double(), expected, atol=1e-4, rtol=0)
+
+
 def test_cancelled_responses_free_their_blocks_and_their_groups(engine: RunningEngine) -> None:
     requests = group_requests(8, 4, max_tokens=200, seed=11, policy=POLICY, ignore_eos=True)
 
