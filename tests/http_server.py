@@ -19,6 +19,8 @@ import psutil
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
+FIRST_TOKENS = "e3rl_first_token_seconds_count"
+"""Counts streams, and where there are traces all requests, that have begun to generate."""
 WAIT_SECONDS = 60.0
 Result = TypeVar("Result")
 

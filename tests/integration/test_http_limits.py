@@ -11,7 +11,7 @@ import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.http_server import Background, ServerProcess, events, running_server
+from tests.http_server import FIRST_TOKENS, Background, ServerProcess, events, running_server
 from tests.otlp_collector import Collector, attributes, running_collector
 
 KEY = "a-key-nobody-may-see"
@@ -59,9 +59,10 @@ def in_background(server: ServerProcess, **body: Any) -> Background[httpx.Respon
 
 
 def test_the_deadline_ends_answers_and_streams_and_frees_their_blocks(narrow: ServerProcess) -> None:
+    begun = narrow.metric(FIRST_TOKENS)
     whole = in_background(narrow, max_tokens=900, n=2, erasure=ERASING)
     stream = in_background(narrow, max_tokens=900, stream=True, erasure={**ERASING, "stream": "live"})
-    narrow.wait_for("vllm:num_requests_running", 3)
+    narrow.wait_for(FIRST_TOKENS, begun + 2)
     with paused(narrow):
         held = in_background(narrow, max_tokens=2, stream=True).result(2 * SECONDS)
         answer, chunks = whole.result(1.0), list(events(iter(stream.result(1.0).text.split("\n"))))
