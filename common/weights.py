@@ -12,15 +12,14 @@ _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int
 class WeightUpdate(StrictModel):
     """One version of the policy's weights, ready to be loaded by replicas.
 
-    `path`: where the `host` backend put the safetensors. `checksum`: `weight_checksum` over all tensors, of which there
-    are `tensors` with `bytes` in all.
+    `path`: where the `host` backend put the safetensors. `checksum`: `weight_checksum` over all tensors, which have
+    `bytes` in all.
     """
 
     version: int
     backend: str
     path: str
     checksum: str
-    tensors: int
     bytes: int
 
 

@@ -219,7 +219,6 @@ class Driver:
             position=stream.position,
             success_rate=self._share.success_rate,
             generated_tokens=total,
-            seed=self._config.seed,
             rollouts=rollouts_state,
         )
         self._learner_step = step

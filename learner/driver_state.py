@@ -16,7 +16,8 @@ from learner.run_directory import CHECKPOINT_STATE, RunDirectory, append_line, r
 
 
 class DriverState(StrictModel):
-    """Everything of the driver that decides the next step. All random choices derive from `seed` and their place.
+    """Everything of the driver that decides the next step. All random choices derive from the configured seed and their
+    place.
 
     `epoch` and `position`: the ledger of prompts; those before it were trained on, and none is in flight between
     steps. `success_rate`: the running success rate of plain responses. `rollouts`: what the rollout side has learnt of
@@ -29,7 +30,6 @@ class DriverState(StrictModel):
     position: int = 0
     success_rate: float = 0.0
     generated_tokens: int = 0
-    seed: int = 0
     rollouts: list[Any] = Field(default_factory=list)
 
 
@@ -38,11 +38,11 @@ def save_state(checkpoint: Path, state: DriverState) -> None:
     write_text(checkpoint / CHECKPOINT_STATE, state.model_dump_json(indent=2) + "\n")
 
 
-def newest_state(directory: RunDirectory, seed: int) -> DriverState:
+def newest_state(directory: RunDirectory) -> DriverState:
     """The state of the newest checkpoint, or that of a run's beginning if there is none."""
     steps = directory.checkpoint_steps()
     if not steps:
-        return DriverState(seed=seed)
+        return DriverState()
     path = directory.checkpoint(steps[-1]) / CHECKPOINT_STATE
     try:
         return DriverState.model_validate_json(path.read_text(encoding="utf-8"))

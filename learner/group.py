@@ -86,7 +86,6 @@ class LearnerGroup:
             backend=self._config.sync.backend,
             path=written.path,
             checksum=written.checksum,
-            tensors=written.tensors,
             bytes=written.bytes,
         )
 

@@ -17,14 +17,23 @@ _HEADER_BYTES = 8
 def ensure_model(config: RunConfig, on_step: Callable[[str, int, int], None]) -> None:
     """Make the demo's warm-started model at `model.path` if the configuration asks for it and it is not there.
 
-    `on_step` gets the phase, the finished and the total number of steps. Raises InputError if the path is taken.
+    `on_step` gets the phase, the finished and the total number of steps. Raises InputError if the path is taken, also
+    by a model that was made for chains of another length.
     """
-    path = Path(config.model.path)
-    if not config.model.warm_start or (path / CONFIG).is_file():
+    if not config.model.warm_start:
         return
-    from learner.warm_start import WarmStartSettings, warm_start
+    from learner.warm_start import WarmStartSettings, chain_length_of, warm_start
 
+    path = Path(config.model.path)
     length = config.data.length if isinstance(config.data, ChainData) else None
+    if (path / CONFIG).is_file():
+        made_for = chain_length_of(path)
+        if length is not None and made_for is not None and made_for != length:
+            raise InputError(
+                f"model.path: {path} was made for chains of {made_for} steps, data.length is {length}: name another "
+                "path, or set model.warm_start to false to train it all the same"
+            )
+        return
     settings = WarmStartSettings() if length is None else WarmStartSettings(chain_length=length)
     done, total = 0, settings.clean_steps + settings.slip_steps
 

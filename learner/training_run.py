@@ -137,7 +137,7 @@ def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> 
 
 def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, display: Display) -> dict[str, Any]:
     started = time.monotonic()
-    state = newest_state(directory, config.seed)
+    state = newest_state(directory)
     if is_finished(config, state) and directory.report.is_file():
         limit = "steps" if state.step >= config.steps else "token_budget"
         display.message(f"{directory.path} is finished after {state.step} steps; raise `{limit}` to continue it")

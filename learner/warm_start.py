@@ -268,6 +268,15 @@ def finished_measures(output: Path, settings: WarmStartSettings) -> WarmStartMea
         return None
 
 
+def chain_length_of(model: Path) -> int | None:
+    """Steps of the chains that a warm-started model was made for; None if `model` is none."""
+    try:
+        length: int = json.loads((model / SETTINGS_FILE).read_text())["settings"]["chain_length"]
+        return length
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
 def warm_start(
     output: Path,
     settings: WarmStartSettings | None = None,

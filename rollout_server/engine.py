@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import enable_envs_cache
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -87,6 +88,8 @@ class ErasableEngine:
                 args = _engine_args(model, engine, inbox.address)
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
                 started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
+                # From here on vLLM keeps what it read of the environment, which it would look up for every token.
+                enable_envs_cache()
                 await llm.update_weight_version(str(version))
                 started.version = version
         except TimeoutError:
@@ -266,6 +269,7 @@ class ErasableEngine:
             ignore_eos=request.ignore_eos,
             stop_token_ids=[] if request.ignore_eos else list(self.eos_token_ids),
             detokenize=False,
+            skip_clone=True,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
         )
         prompt = tokens_input(request.prompt_token_ids)
@@ -331,6 +335,8 @@ def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> Asyn
     sentinel_ids = find_sentinels(config.get_text_config().vocab_size, tokenizer, model.sentinel_ids)
     return AsyncEngineArgs(
         model=model.path,
+        # The label of vLLM's metrics: not the directory's path, which clients need not know.
+        served_model_name=Path(model.path).name if is_model_directory(model.path) else model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         dtype=model.dtype,

@@ -58,7 +58,11 @@ class Listener(Protocol):
         ...
 
     def judged(self, attempt: Attempt, final: bool) -> None:
-        """A segment was accepted or erased. `final`: it was accepted and ends the response."""
+        """A segment was accepted or erased. `final`: it was accepted and ends the response.
+
+        Tokens that were on their way while the weights changed carry the new version here; the trajectory has them
+        right.
+        """
         ...
 
 
@@ -143,21 +147,20 @@ class _Sampled:
         return self.start + len(self.token_ids)
 
     def add(self, token_ids: list[int], version: int) -> None:
-        self.versions.append((len(self.token_ids), len(self.token_ids) + len(token_ids), version))
+        start = len(self.token_ids)
+        if self.versions and self.versions[-1][2] == version:
+            start = self.versions.pop()[0]
         self.token_ids += token_ids
+        self.versions.append((start, len(self.token_ids), version))
 
     def spans(self, start: int, end: int) -> list[VersionSpan]:
         """The versions of the tokens at `start` to `end` of the response, counted from `start`."""
-        first, length = start - self.start, end - start
-        spans: list[VersionSpan] = []
-        for begin, stop, version in self.versions:
-            if begin >= first + length or stop <= first:
-                continue
-            begin, stop = max(begin - first, 0), min(stop - first, length)
-            if spans and spans[-1].version == version:
-                begin = spans.pop().start
-            spans.append(VersionSpan(start=begin, end=stop, version=version))
-        return spans
+        first, last = start - self.start, end - self.start
+        return [
+            VersionSpan(start=max(begin, first) - first, end=min(stop, last) - first, version=version)
+            for begin, stop, version in self.versions
+            if begin < last and stop > first
+        ]
 
 
 class ResubmitRollback:
@@ -321,6 +324,7 @@ class ResubmitRollback:
             ignore_eos=True,
             stop_token_ids=list(self._sentinel_ids),
             detokenize=False,
+            skip_clone=True,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
             stream_interval=None if listener is None or wants_tokens else UNWATCHED_TOKENS,
             extra_args=submission.extra_args(),

@@ -33,8 +33,7 @@ class _Followed:
     """A request that the monitor follows.
 
     `output_ids`: vLLM's own running list; `seen`: how many of it were observed. `opened`: the engine step in which
-    it entered the batch. `ended`: the request is forced to
-    its end; `finished`: the response is too.
+    it entered the batch. `ended`: the request is forced to its end; `finished`: the response is too.
     """
 
     uid: int
@@ -173,27 +172,22 @@ class SegmentMonitorProcessor(LogitsProcessor):
 
     def _observe(self, rows: _Rows) -> None:
         """Give the monitor the tokens that are new. A request in the middle of its (re)prefill has none."""
-        fresh, tokens = [], []
-        for place, followed in enumerate(rows.followed):
-            count = len(followed.output_ids)
-            if count > followed.seen:
-                followed.seen = count
-                tokens.append(followed.output_ids[-1])
-                fresh.append(place)
+        fresh = [followed for followed in rows.followed if len(followed.output_ids) > followed.seen]
         if not fresh:
             return
+        tokens = [followed.output_ids[-1] for followed in fresh]
+        for followed in fresh:
+            followed.seen = len(followed.output_ids)
         slots = rows.slots
-        observed = rows.followed
-        if len(fresh) < len(observed):
-            slots = slots[torch.tensor(fresh, device=self._device)]
-            observed = [observed[place] for place in fresh]
+        if len(fresh) < len(rows.followed):
+            slots = torch.tensor([followed.slot for followed in fresh], device=self._device)
         judged = self._monitor.observe(slots, torch.tensor(tokens, device=self._device))
         if judged is None:
             return
-        if self._device.type == "cpu" and len(judged.slots) < len(observed):
-            by_slot = {followed.slot: followed for followed in observed}
-            observed = [by_slot[slot] for slot in judged.slots.tolist()]
-        self._outbox.put([(followed.uid, followed.opened) for followed in observed], self._step, judged)
+        if len(judged.slots) < len(fresh):
+            by_slot = {followed.slot: followed for followed in fresh}
+            fresh = [by_slot[slot] for slot in judged.slots.tolist()]
+        self._outbox.put([(followed.uid, followed.opened) for followed in fresh], self._step, judged)
         self._collect_ended()
 
     def _collect_ended(self) -> None:
@@ -221,16 +215,21 @@ class SegmentMonitorProcessor(LogitsProcessor):
             followed = self._open(submission, output_ids)
         elif output_ids:
             self._resumed += 1
+        self._monitor.enter(followed.slot)
         followed.output_ids = output_ids
         self._batch[index] = followed
 
     def _leave(self, index: int) -> None:
         """The batch's row is empty, or another request takes it, of which vLLM reports only the arrival."""
         followed = self._batch.pop(index, None)
-        if followed is not None and followed.ended:
+        if followed is None:
+            return
+        if followed.ended:
             self._departed.append(followed)
             if len(self._departed) > DEPARTED_KEPT:
                 self._forget(self._departed.popleft())
+        elif len(followed.output_ids) > followed.seen:
+            self._monitor.leave(followed.slot)
 
     def _open(self, submission: Submission, output_ids: list[int]) -> _Followed:
         policy = submission.parsed_policy

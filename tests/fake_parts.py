@@ -135,7 +135,7 @@ class FakeLearner:
         return {names.LOSS: int(self.weight[:8], 16) / 2**32, names.LEARNER_TOKENS: 10.0}
 
     async def export_weights(self, version: int) -> WeightUpdate:
-        update = WeightUpdate(version=version, backend="host", path="/none", checksum=self.weight, tensors=1, bytes=8)
+        update = WeightUpdate(version=version, backend="host", path="/none", checksum=self.weight, bytes=8)
         self.exported.append(update)
         return update
 

@@ -68,7 +68,6 @@ def prepare_update(
         backend="host",
         path=str((written or files[0]).resolve()),
         checksum=weight_checksum(tensors.values()),
-        tensors=len(tensors),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
     return update, written

@@ -104,9 +104,10 @@ class Choice:
         monitored = request.policy is not None
         self._live = cursor.copy() if options.live and monitored else None
         self._live_tokens = 0
-        self._raw = cursor.copy() if options.segments and monitored else None
-        if self._raw is not None:
-            self._raw.finder = None
+        self._segments_have_texts = options.segments and monitored
+        self._uncut = cursor.copy() if self._segments_have_texts and cursor.finder is not None else None
+        if self._uncut is not None:
+            self._uncut.finder = None
         self._pending: list[dict[int, float]] = []
         self._texts: list[str] = []
         self._observer = observer
@@ -173,14 +174,16 @@ class Choice:
         entries = []
         if self.options.top_logprobs is not None:
             entries = _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
-        if self._raw is not None:
-            segment.text, _ = self._raw.feed(segment.token_ids)
-        self._commit(segment.token_ids, entries, segment)
+        if self._uncut is not None:
+            segment.text, _ = self._uncut.feed(segment.token_ids)
+        text = self._commit(segment.token_ids, entries, segment)
+        if self._segments_have_texts and self._uncut is None:
+            segment.text = text
 
     def _erase(self, segment: JudgedSegment) -> None:
         self.erased_tokens += len(segment.token_ids)
-        if self._raw is not None:
-            segment.text, _ = self._raw.copy().feed(segment.token_ids)
+        if self._segments_have_texts:
+            segment.text, _ = (self._uncut or self._cursor).copy().feed(segment.token_ids)
         self._take_back(Place(segment.index, segment.attempt, segment.start))
 
     def _take_back(self, place: Place) -> None:
@@ -213,9 +216,10 @@ class Choice:
             else:
                 self._take_back(Place(last.index + 1, 0, last.end))
 
-    def _commit(self, token_ids: list[int], entries: list[TokenEntry], segment: JudgedSegment | None = None) -> None:
+    def _commit(self, token_ids: list[int], entries: list[TokenEntry], segment: JudgedSegment | None = None) -> str:
+        """Take tokens that stay; returns what can be shown of their text."""
         if self.has_stopped():
-            return
+            return ""
         text, taken = self._cursor.feed(token_ids)
         self.token_ids += token_ids[:taken]
         self.entries += entries[:taken]
@@ -227,6 +231,7 @@ class Choice:
             self._emit(Chunk(text=text, token_ids=token_ids[:taken], entries=entries[:taken]))
         if self.has_stopped() and self.stop is not None and not (segment is not None and segment.final):
             self.stop()
+        return text
 
     def take(self, trajectory: Trajectory) -> None:
         """Take a plain response that was generated without listening."""
@@ -252,8 +257,8 @@ class Choice:
         self._texts.append(text)
         if self._live is not None:
             self._live.finish()
-        if self._raw is not None:
-            self._trim_segments(self._raw.characters - self._cursor.characters)
+        if self._uncut is not None:
+            self._trim_segments(self._uncut.characters - self._cursor.characters)
         self._emit(Chunk(text=text, final=True))
 
     def _trim_segments(self, excess: int) -> None:

@@ -43,6 +43,10 @@ class TextCursor:
 
     def feed(self, token_ids: list[int]) -> tuple[str, int]:
         """Take tokens: the text that can be shown now, and how many were taken before a stop string was complete."""
+        if self.finder is None:
+            text = self._decode_all([token_id for token_id in token_ids if token_id not in self._silent])
+            self.characters += len(text)
+            return text, len(token_ids)
         pieces = []
         taken = 0
         for token_id in token_ids:
@@ -54,8 +58,7 @@ class TextCursor:
             piece = self._decode(token_id)
             if piece is None:
                 continue
-            if self.finder is not None:
-                piece, self.stopped = self.finder.push(piece)
+            piece, self.stopped = self.finder.push(piece)
             if piece:
                 pieces.append(piece)
         text = "".join(pieces)
@@ -69,6 +72,21 @@ class TextCursor:
         text = self.finder.flush()
         self.characters += len(text)
         return text
+
+    def _decode_all(self, token_ids: list[int]) -> str:
+        """As one after the other, but in one call where the last of them completes its character."""
+        if len(token_ids) > 1:
+            stream: Any = copy.copy(self._stream)
+            try:
+                text: str | None = stream.step(self._tokenizer, token_ids)
+            except Exception as error:
+                if not str(error).startswith(_INVALID_PREFIX):
+                    raise
+                text = None
+            if text is not None:
+                self._stream = stream
+                return text
+        return "".join(filter(None, map(self._decode, token_ids)))
 
     def _decode(self, token_id: int) -> str | None:
         stream: Any = self._stream

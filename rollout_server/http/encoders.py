@@ -1,6 +1,7 @@
 """Answers as bytes: completions and chat completions, whole and as server-sent events, and rollouts as NDJSON."""
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from rollout_server.http.choice import Choice, Chunk
@@ -40,7 +41,7 @@ def dump(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-class OpenAIEncoder:
+class OpenAIEncoder(ABC):
     """What completions and chat completions have in common."""
 
     media_type = SSE
@@ -91,13 +92,13 @@ class OpenAIEncoder:
             fields["erasure"] = {"event": "finish", **self.report(choice)}
         return self._before + dump(fields) + self._after
 
+    @abstractmethod
     def new_text(self, choice: Choice, chunk: Chunk) -> dict[str, Any]:
         """The part of a chunk that differs between the two kinds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole_text(self, choice: Choice) -> dict[str, Any]:
         """The part of a choice that differs between the two kinds."""
-        raise NotImplementedError
 
     def end(self, choices: list[Choice]) -> bytes:
         if not self._usage:

@@ -2,79 +2,103 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
 
-from rollout_server.monitor.layout import Int, Real, Sum
+from rollout_server.monitor.layout import Int, Real
+
+Array = Any
+"""An array of numpy's or a tensor of torch's: what is done to it here is spelt alike in both."""
+
+
+def columns(xp: Any, parts: list[Array]) -> Array:
+    """Float64 `[rows, len(parts)]`: `stack`, which numpy does in Python, array by array."""
+    return np.array(parts, dtype=np.float64).T if xp is np else xp.stack(parts, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
     """Verdicts of `rows` segments.
 
-    `erased` bool `[rows]`; `history` `[rows, 3]`: what an accepted segment adds to its trajectory's history;
+    `erased` bool `[rows]`; `history` `[rows, len(Past)]`: what an accepted segment adds to its trajectory's history;
     `fields` `[rows, Field.TEMPERATURE]`: the leading columns of a judgement.
     """
 
-    erased: torch.Tensor
-    history: torch.Tensor
-    fields: torch.Tensor
+    erased: Array
+    history: Array
+    fields: Array
 
 
 def uncertainty_parts(
-    ints: torch.Tensor, sums: torch.Tensor, reals: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U and its parts base, extreme and gradient, each float64 `[rows]`."""
-    count = ints[:, Int.COUNT].double()
-    base = sums[:, Sum.AVERAGES] / count
-    extreme = sums[:, Sum.MAXIMUM] - sums[:, Sum.SIGNAL] / count
-    gradient = sums[:, Sum.GRADIENT]
+    xp: Any, signal: Array, count: Array, window: Array, reals: Array
+) -> tuple[Array, Array, Array, Array]:
+    """U and its parts base, extreme and gradient, each float64 `[rows]`.
+
+    `signal` float64 `[rows, longest]`: H of the tokens, of which the first `count` `[rows]` are the segment's.
+    """
+    place = xp.arange(signal.shape[1], device=signal.device)
+    row = xp.arange(len(signal), device=signal.device)[:, None]
+    count, window = count[:, None], window[:, None]
+    inside = place < count
+    kept = xp.where(inside, signal, 0.0)
+    total = xp.cumsum(kept, 1)
+    too_old = xp.where(place >= window, total[row, (place - window).clip(0)], 0.0)
+    averages = (total - too_old) / xp.minimum(place + 1, window)
+    base = (xp.where(inside, averages, 0.0) / count).sum(1)
+    extreme = xp.amax(xp.where(inside, signal, -math.inf), 1) - (kept / count).sum(1)
+    steps = xp.zeros_like(kept)
+    steps[:, 1:] = abs(kept[:, 1:] - kept[:, :-1])
+    gradient = xp.amax(xp.where(inside, steps, 0.0), 1)
     uncertainty = reals[:, Real.BASE] * base + reals[:, Real.EXTREME] * extreme + reals[:, Real.GRADIENT] * gradient
     return uncertainty, base, extreme, gradient
 
 
 def judge(
-    ints: torch.Tensor,
-    sums: torch.Tensor,
-    reals: torch.Tensor,
-    parts: tuple[torch.Tensor, ...],
-    statistics: torch.Tensor,
-    ended: torch.Tensor,
+    xp: Any,
+    count: Array,
+    ints: Array,
+    past: Array,
+    reals: Array,
+    parts: tuple[Array, ...],
+    statistics: Array,
+    ended: Array,
 ) -> Verdicts:
     """Judge the segments of the rows in `ended`; what other rows get means nothing.
 
-    `ints`, `sums`, `reals`: the slots' state, by the columns of `layout`. `parts`: from `uncertainty_parts`.
-    `statistics` `[rows, 6]`: as `common.threshold.GroupStatistics`.
+    `xp`: numpy or torch, whichever the arrays are of. `count` `[rows]`: tokens of the segments. `ints`, `past`,
+    `reals`: the slots' state, by the columns of `layout`. `parts`: from `uncertainty_parts`. `statistics`
+    `[rows, 6]`: as `common.threshold.GroupStatistics`.
     """
     uncertainty, base, extreme, gradient = parts
-    n, group_mean, group_variance, strength, prior_mean, prior_variance = statistics.unbind(-1)
-    total = (n + strength).clamp(min=1e-12)
+    n, group_mean, group_variance, strength, prior_mean, prior_variance = statistics.T
+    total = (n + strength).clip(1e-12)
     mean = (n * group_mean + strength * prior_mean) / total
     second = n * (group_variance + group_mean**2) + strength * (prior_variance + prior_mean**2)
-    deviation = (second / total - mean**2).clamp(min=0.0).sqrt()
+    deviation = xp.sqrt((second / total - mean**2).clip(0.0))
     enough = n + strength >= 2.0
-    baseline = torch.where(enough, mean + reals[:, Real.KAPPA] * deviation, math.inf)
+    baseline = xp.where(enough, mean + reals[:, Real.KAPPA] * deviation, math.inf)
     attempt = ints[:, Int.ATTEMPT]
-    penalty = torch.exp(reals[:, Real.GAMMA] * attempt)
-    past, past_mean, spread = sums[:, Sum.HISTORY_UNCERTAINTY :].unbind(-1)
-    score = torch.where(spread > 1e-12, (past - past_mean) / spread.clamp(min=1e-12), 0.0)
-    modulation = 1.0 + reals[:, Real.ETA] * torch.tanh(score)
+    penalty = xp.exp(reals[:, Real.GAMMA] * attempt)
+    past_uncertainty, past_mean, spread = past.T
+    score = xp.where(spread > 1e-12, (past_uncertainty - past_mean) / spread.clip(1e-12), 0.0)
+    modulation = 1.0 + reals[:, Real.ETA] * xp.tanh(score)
     fixed = reals[:, Real.THRESHOLD]
-    threshold = torch.where(fixed.isnan(), baseline * penalty * modulation, fixed)
+    threshold = xp.where(xp.isnan(fixed), baseline * penalty * modulation, fixed)
     erased = (
         ended
         & (uncertainty > threshold)
         & (attempt < ints[:, Int.MAX_ERASURES])
-        & (ints[:, Int.ERASED] + ints[:, Int.COUNT] <= ints[:, Int.ERASED_LIMIT])
+        & (ints[:, Int.ERASED] + count <= ints[:, Int.ERASED_LIMIT])
     )
-    fields = torch.stack(
+    fields = columns(
+        xp,
         [
-            ints[:, Int.SEGMENT], attempt, ints[:, Int.POSITION] - ints[:, Int.COUNT], ints[:, Int.POSITION],
+            ints[:, Int.SEGMENT], attempt, ints[:, Int.START], ints[:, Int.START] + count,
             uncertainty, base, extreme, gradient, baseline, penalty, modulation, threshold, erased,
             n, group_mean, group_variance, strength, prior_mean, prior_variance,
-            past, past_mean, spread, ints[:, Int.ERASED],
+            past_uncertainty, past_mean, spread, ints[:, Int.ERASED],
         ],
-        dim=1,
     )  # fmt: skip
-    history = torch.stack([uncertainty, mean, deviation], dim=1) * enough.unsqueeze(1)
+    history = columns(xp, [uncertainty, mean, deviation]) * enough[:, None]
     return Verdicts(erased, history, fields)

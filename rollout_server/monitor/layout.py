@@ -12,38 +12,32 @@ NO_SENTINEL = -1
 
 
 class Int(IntEnum):
-    """Columns of the integer state of a slot."""
+    """Columns of the integer state of a slot. `START`: of the segment under way."""
 
-    POSITION = 0
-    COUNT = 1
-    SEGMENT = 2
-    ATTEMPT = 3
-    ERASED = 4
-    WINDOW = 5
-    MIN_LENGTH = 6
-    MAX_LENGTH = 7
-    LIMIT = 8
-    DELIMITERS = 9
-    STOPS = 10
-    GROUP = 11
-    PRIOR = 12
-    MAX_ERASURES = 13
-    ERASED_LIMIT = 14
-    OBSERVE_ALL = 15
-    USES_ENTROPY = 16
+    START = 0
+    SEGMENT = 1
+    ATTEMPT = 2
+    ERASED = 3
+    WINDOW = 4
+    MIN_LENGTH = 5
+    MAX_LENGTH = 6
+    LIMIT = 7
+    DELIMITERS = 8
+    STOPS = 9
+    GROUP = 10
+    PRIOR = 11
+    MAX_ERASURES = 12
+    ERASED_LIMIT = 13
+    OBSERVE_ALL = 14
+    USES_ENTROPY = 15
 
 
-class Sum(IntEnum):
-    """Columns of the running sums of a slot; the first five are of the segment under way."""
+class Past(IntEnum):
+    """Columns of a slot's history, of which the threshold is made: sums over its accepted segments."""
 
-    AVERAGES = 0
-    SIGNAL = 1
-    MAXIMUM = 2
-    GRADIENT = 3
-    PREVIOUS = 4
-    HISTORY_UNCERTAINTY = 5
-    HISTORY_MEAN = 6
-    HISTORY_DEVIATION = 7
+    UNCERTAINTY = 0
+    MEAN = 1
+    DEVIATION = 2
 
 
 class Real(IntEnum):

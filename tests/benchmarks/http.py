@@ -1,10 +1,9 @@
 """What HTTP costs: throughput and first-token latency of the endpoint against its own engine and `vllm serve`.
 
-Each measurement runs in turn on the same machine, `ROUNDS` times; the medians are compared.
+All run in turn, `ROUNDS` times; what is compared is measured in the same round, and the median of the ratios counts.
 """
 
 import asyncio
-import json
 import socket
 import statistics
 import subprocess
@@ -19,68 +18,63 @@ import aiohttp
 import httpx
 
 from tests.benchmarks.report import Finding
+from tests.benchmarks.workload import CONCURRENT, Workload, benchmark_model
 from tests.http_load import session
 from tests.http_server import ROOT, START_SECONDS, environment, running_server
-from tests.models import tiny_qwen3
 
-CLIENTS = 64
-TOKENS = 128
-REQUESTS = 3 * CLIENTS
-ROUNDS = 3
+WORK = Workload(requests=192, response=128, segment=16)
+ROUNDS = 4
 PLAIN = {"enabled": False}
-ERASURE = {"segmentation": {"mode": "fixed", "length": 16}, "threshold": 0, "max_erasures": 1}
+ERASURE = {"segmentation": {"mode": "fixed", "length": WORK.segment}, "threshold": 0, "max_erasures": 1}
 
 
-async def drive(url: str, model: str, extra: dict[str, Any], streams: bool, vocabulary: int) -> tuple[float, float]:
-    """Generated tokens a second with `CLIENTS` clients, and the median time to a response's first chunk."""
+async def drive(url: str, model: str, extra: dict[str, Any], streams: bool) -> tuple[float, float]:
+    """Generated tokens a second with `CONCURRENT` clients, and the median time to a response's first chunk."""
     first: list[float] = []
-    waiting = iter(range(REQUESTS))
-    body = {"model": model, "max_tokens": TOKENS, "ignore_eos": True, "stream": streams, **extra}
+    waiting = iter(range(WORK.requests))
+    body = {"model": model, "ignore_eos": True, "stream": streams, **extra}
 
     async def one(client: aiohttp.ClientSession) -> None:
         for number in waiting:
-            prompt = [(number * 7 + place) % vocabulary for place in range(32)]
+            own = {"prompt": WORK.prompt(number), "max_tokens": WORK.limit(number), "seed": number}
             started = time.perf_counter()
-            async with client.post("/v1/completions", json={**body, "prompt": prompt, "seed": number}) as answer:
+            async with client.post("/v1/completions", json={**body, **own}) as answer:
                 assert answer.status == 200, await answer.text()
                 seconds = None
                 async for _ in answer.content.iter_any():
                     seconds = seconds or time.perf_counter() - started
                 first.append(seconds or 0.0)
 
-    async with session(url, CLIENTS) as client:
+    async with session(url, CONCURRENT) as client:
         started = time.perf_counter()
-        await asyncio.gather(*(one(client) for _ in range(CLIENTS)))
+        await asyncio.gather(*(one(client) for _ in range(CONCURRENT)))
         seconds = time.perf_counter() - started
-    return REQUESTS * TOKENS / seconds, statistics.median(first)
+    return WORK.tokens / seconds, statistics.median(first)
 
 
 ENGINE_SCRIPT = """
-import asyncio, json, sys, time
+import asyncio, sys, time
 from common.config import EngineConfig, ErasurePolicy, ModelConfig
 from common.trajectory import ResponseRequest
 from rollout_server.engine import ErasableEngine
-
-path, clients, requests, tokens, rounds, erasure = sys.argv[1], *map(int, sys.argv[2:6]), json.loads(sys.argv[6])
+from tests.benchmarks.http import ERASURE, WORK
+from tests.benchmarks.workload import CONCURRENT
 
 async def main():
-    config = EngineConfig(max_concurrent_responses=clients)
-    engine = await ErasableEngine.start(ModelConfig(path=path, max_length=1024), config)
-    policies = {"plain": None, "erasure": ErasurePolicy(**erasure)}
+    config = EngineConfig(max_concurrent_responses=CONCURRENT, log_stats=True)
+    engine = await ErasableEngine.start(ModelConfig(path=sys.argv[1], max_length=1024), config)
+    policies = {"plain": None, "erasing": ErasurePolicy(**ERASURE)}
     for line in sys.stdin:
-        common = {"group_size": 1, "sample": 0, "max_tokens": tokens, "ignore_eos": True}
+        common = {"group_size": 1, "sample": 0, "ignore_eos": True}
         common |= {"policy": policies[line.strip()], "prompt_id": "p"}
-        waiting = iter(range(requests))
+        waiting = iter(range(WORK.requests))
         async def one():
             for number in waiting:
-                prompt = [(number * 7 + place) % 256 for place in range(32)]
-                group = f"{time.time()}-{number}"
-                await engine.generate(
-                    ResponseRequest(group_id=group, seed=number, prompt_token_ids=prompt, **common)
-                )
+                own = {"prompt_token_ids": WORK.prompt(number), "max_tokens": WORK.limit(number), "seed": number}
+                await engine.generate(ResponseRequest(group_id=f"{time.time()}-{number}", **common, **own))
         started = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(clients)))
-        print("RATE", requests * tokens / (time.perf_counter() - started), flush=True)
+        await asyncio.gather(*(one() for _ in range(CONCURRENT)))
+        print("RATE", WORK.tokens / (time.perf_counter() - started), flush=True)
     await engine.close()
 
 asyncio.run(main())
@@ -88,12 +82,11 @@ asyncio.run(main())
 
 
 class Engine:
-    """The engine by itself in a process of its own, which measures when it is told to."""
+    """The engine by itself in a process of its own, set up as the server's; it measures when it is told to."""
 
     def __init__(self, model: Path) -> None:
-        arguments = [str(model), str(CLIENTS), str(REQUESTS), str(TOKENS), str(ROUNDS), json.dumps(ERASURE)]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ENGINE_SCRIPT, *arguments],
+            [sys.executable, "-c", ENGINE_SCRIPT, str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -103,7 +96,7 @@ class Engine:
         )
 
     def rate(self, kind: str) -> float:
-        """Tokens a second with `kind` plain or erasure."""
+        """Tokens a second with `kind` plain or erasing."""
         if self._process.stdin is None or self._process.stdout is None:
             raise RuntimeError("the engine's process has no pipes")
         self._process.stdin.write(f"{kind}\n")
@@ -127,7 +120,7 @@ def vllm_serve(model: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--enforce-eager"]
     command += ["--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", str(CLIENTS), "--block-size", "32"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", str(CONCURRENT), "--block-size", "32"]
     command += ["--disable-uvicorn-access-log"]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT
@@ -155,44 +148,47 @@ def vllm_serve(model: Path) -> Iterator[str]:
 
 def measure_http(directory: Path, rounds: int = ROUNDS) -> list[Finding]:
     """Throughput ratios, and a ratio of latencies, which must not exceed its target."""
-    rates: dict[str, list[float]] = {}
-    latencies: dict[str, list[float]] = {}
-
-    def over_http(name: str, url: str, model: str, extra: dict[str, Any], streams: bool) -> None:
-        rate, latency = asyncio.run(drive(url, model, extra, streams, 256))
-        rates.setdefault(name, []).append(rate)
-        latencies.setdefault(name, []).append(latency)
-
-    model = tiny_qwen3(directory / "bench", hidden_size=128, layers=4)
+    model = benchmark_model(directory / "bench")
     engine = Engine(model)
+    rates: list[dict[str, float]] = []
+    latencies: list[dict[str, float]] = []
     with running_server(model, directory) as server, vllm_serve(model) as vllm:
-        ways: list[tuple[str, str, dict[str, Any], bool]] = [
-            ("ours, plain", server.url, {"erasure": PLAIN}, False),
-            ("ours, plain, streamed", server.url, {"erasure": PLAIN}, True),
-            ("vllm serve", vllm, {}, False),
-            ("vllm serve, streamed", vllm, {}, True),
-            ("ours, erasing", server.url, {"erasure": ERASURE}, False),
-        ]
+        ways: dict[str, tuple[str, dict[str, Any], bool]] = {
+            "ours, plain": (server.url, {"erasure": PLAIN}, False),
+            "vllm serve": (vllm, {}, False),
+            "ours, plain, streamed": (server.url, {"erasure": PLAIN}, True),
+            "vllm serve, streamed": (vllm, {}, True),
+            "ours, erasing": (server.url, {"erasure": ERASURE}, False),
+        }
         for number in range(rounds + 1):
-            for name, url, extra, streams in ways:
-                over_http(name, url, "bench", extra, streams)
-            for kind in ("plain", "erasure"):
-                rates.setdefault(f"engine, {kind}", []).append(engine.rate(kind))
-            if number == 0:  # The first round warms everything up.
-                rates.clear()
-                latencies.clear()
+            # Each round goes the other way round, so that a drift of the machine's speed favours nobody.
+            names = [*ways, "engine, erasing", "engine, plain"][:: 1 if number % 2 else -1]
+            rate: dict[str, float] = {}
+            latency: dict[str, float] = {}
+            for name in names:
+                if name in ways:
+                    url, extra, streams = ways[name]
+                    rate[name], latency[name] = asyncio.run(drive(url, "bench", extra, streams))
+                else:
+                    rate[name] = engine.rate(name.removeprefix("engine, "))
+            if number > 0:  # The first round warms everything up.
+                rates.append(rate)
+                latencies.append(latency)
     engine.close()
-    rate = {name: statistics.median(values) for name, values in rates.items()}
-    latency = {name: statistics.median(values) for name, values in latencies.items()}
     return [
-        _row("tokens/s of the engine, plain", rate, "ours, plain", "engine, plain", 0.9),
-        _row("tokens/s of the engine, erasing", rate, "ours, erasing", "engine, erasure", 0.9),
-        _row("tokens/s of vllm serve", rate, "ours, plain", "vllm serve", 0.95),
-        _row("tokens/s of vllm serve, streamed", rate, "ours, plain, streamed", "vllm serve, streamed", 0.95),
-        _row("first-token latency", latency, "ours, plain, streamed", "vllm serve, streamed", 1.15, most=True),
+        _row("tokens/s of the engine, plain", rates, "ours, plain", "engine, plain", 0.9),
+        _row("tokens/s of the engine, erasing", rates, "ours, erasing", "engine, erasing", 0.9),
+        _row("tokens/s of vllm serve", rates, "ours, plain", "vllm serve", 0.95),
+        _row("tokens/s of vllm serve, streamed", rates, "ours, plain, streamed", "vllm serve, streamed", 0.95),
+        _row("first-token latency", latencies, "ours, plain, streamed", "vllm serve, streamed", 1.15, most=True),
     ]
 
 
-def _row(name: str, values: dict[str, float], ours: str, theirs: str, target: float, *, most: bool = False) -> Finding:
-    detail = f"{ours}: {values[ours]:,.4g}; {theirs}: {values[theirs]:,.4g}; {CLIENTS} clients x {TOKENS} tokens"
-    return Finding(f"HTTP: {name}", values[ours] / values[theirs], target, detail, at_least=not most)
+def _row(
+    name: str, rounds: list[dict[str, float]], ours: str, theirs: str, target: float, *, most: bool = False
+) -> Finding:
+    ratios = [values[ours] / values[theirs] for values in rounds]
+    medians = {side: statistics.median(values[side] for values in rounds) for side in (ours, theirs)}
+    spread = f"rounds {min(ratios):.3f} to {max(ratios):.3f}"
+    detail = f"{ours}: {medians[ours]:,.4g}; {theirs}: {medians[theirs]:,.4g}; {spread}; {WORK}"
+    return Finding(f"HTTP: {name}", statistics.median(ratios), target, detail, at_least=not most)

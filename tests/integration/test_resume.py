@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from common.config import ErasurePolicy, FixedSegmentation
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from tests.engines import RunningEngine, SilentListener, group_requests, running_engine
-from tests.models import TOKENIZER_LENGTH, tiny_qwen3
+from tests.models import tiny_qwen3
 
 ALWAYS = ErasurePolicy(
     segmentation=FixedSegmentation(length=8),
@@ -38,10 +36,6 @@ CASES = {"sampled": (ALWAYS, 1.0), "greedy with a budget": (HALF, 0.0), "adaptiv
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningEngine, RunningEngine]]:
     path = tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
-    # As in a trained model, tokens that no text has are never the likeliest.
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.get_input_embeddings().weight.data[TOKENIZER_LENGTH:] = 0.0
-    model.save_pretrained(path)
     with running_engine(path) as first, running_engine(path) as second:
         first.generate(group_requests(1, 16, max_tokens=60, seed=1, policy=ADAPTIVE, temperature=0.5, ignore_eos=True))
         second.run(second.engine.restore_priors(first.run(first.engine.priors())))

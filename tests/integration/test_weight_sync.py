@@ -35,7 +35,6 @@ def update_from(checkpoint: Path, version: int, directory: Path, checksum: str |
         backend="host",
         path=str(path),
         checksum=checksum or weight_checksum(tensors.values()),
-        tensors=len(tensors),
         bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
     )
 

@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, settings: RunConfig, rollouts: FakeRollouts, learner: FakeLearner, resume: bool) -> None:
         self.directory = RunDirectory.resume(settings) if resume else RunDirectory.create(settings)
-        state = newest_state(self.directory, settings.seed)
+        state = newest_state(self.directory)
         self.directory.truncate(state.step if self.directory.checkpoint_steps() else -1)
         sets = {
             split: tokenise(read_rows(settings, split), TOKENIZER, 80, split).prompts for split in ("train", "test")
@@ -158,8 +158,8 @@ def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path: Pat
         assert read_trajectories(resumed.directory.trajectories / name) == read_trajectories(
             whole.directory.trajectories / name
         )
-    state = newest_state(resumed.directory, 2)
-    assert state == newest_state(whole.directory, 2)
+    state = newest_state(resumed.directory)
+    assert state == newest_state(whole.directory)
 
 
 def test_evaluations_in_between_change_nothing_of_the_training(tmp_path: Path):

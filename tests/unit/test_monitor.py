@@ -38,10 +38,9 @@ def spec(policy: ErasurePolicy, **changes: Any) -> SlotSpec:
     return SlotSpec(**values)
 
 
-def monitor_for(policy: ErasurePolicy, slots: int, *, selects_rows: bool = True, **changes: Any) -> SegmentMonitor:
+def monitor_for(policy: ErasurePolicy, slots: int, *, on_host: bool = True, **changes: Any) -> SegmentMonitor:
     """A monitor that follows `slots` responses of one group."""
-    monitor = SegmentMonitor(VOCABULARY, CPU, SENTINELS, slots=2)
-    monitor.selects_rows = selects_rows
+    monitor = SegmentMonitor(VOCABULARY, CPU, SENTINELS, slots=2, on_host=on_host)
     monitor.clear_prior(0)
     monitor.open_group(0)
     for slot in range(slots):
@@ -67,6 +66,11 @@ def rows(judged: Judged) -> list[tuple[int, list[float]]]:
     return [(slot, fields) for slot, fields in pairs if fields[Field.JUDGED]]
 
 
+def rows_of(judged: Judged | None) -> list[tuple[int, list[float]]]:
+    """As `rows`, of what `observe` returned."""
+    return [] if judged is None else rows(judged)
+
+
 @pytest.fixture
 def stream() -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and sampled tokens of 24 steps of 6 responses."""
@@ -78,7 +82,7 @@ def stream() -> tuple[torch.Tensor, torch.Tensor]:
     return logits, tokens
 
 
-@pytest.mark.parametrize("selects_rows", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
 @pytest.mark.parametrize(
     "policy",
     [
@@ -95,10 +99,10 @@ def stream() -> tuple[torch.Tensor, torch.Tensor]:
     ids=["cross-entropy", "entropy"],
 )
 def test_judgements_equal_the_reference(
-    policy: ErasurePolicy, selects_rows: bool, stream: tuple[torch.Tensor, torch.Tensor]
+    policy: ErasurePolicy, on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     logits, tokens = stream
-    monitor = monitor_for(policy, 6, selects_rows=selects_rows, limit=24, erasable=False)
+    monitor = monitor_for(policy, 6, on_host=on_host, limit=24, erasable=False)
     length = policy.segmentation.max_length
     histories = [History() for _ in range(6)]
     judged_segments = 0
@@ -135,15 +139,13 @@ def test_judgements_equal_the_reference(
     assert judged_segments == 6 * math.ceil(24 / length)
 
 
-@pytest.mark.parametrize("selects_rows", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
 def test_per_token_values_are_those_of_the_sampled_tokens(
-    selects_rows: bool, stream: tuple[torch.Tensor, torch.Tensor]
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     logits, tokens = stream
     policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), kappa=1.0)
-    monitor = monitor_for(
-        policy, 6, selects_rows=selects_rows, limit=24, erasable=False, temperature=0.7, engine_temperature=0.7
-    )
+    monitor = monitor_for(policy, 6, on_host=on_host, limit=24, erasable=False, temperature=0.7, engine_temperature=0.7)
     own = torch.log_softmax(logits.double(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     behaviour = torch.log_softmax(logits.double() / 0.7, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     seen = 0
@@ -181,13 +183,13 @@ def test_statistics_are_shrunk_to_the_prior_of_earlier_groups(stream: tuple[torc
         prior = updated_prior(prior, (float(known.mean()), float(known.var(correction=0))), policy.prior_decay)
 
 
-@pytest.mark.parametrize("selects_rows", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
 def test_an_erased_segment_forces_the_erase_sentinel_and_the_end_the_other(
-    selects_rows: bool, stream: tuple[torch.Tensor, torch.Tensor]
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     logits, tokens = stream
     policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), threshold=0.0, max_erasures=1)
-    monitor = monitor_for(policy, 1, selects_rows=selects_rows, limit=6)
+    monitor = monitor_for(policy, 1, on_host=on_host, limit=6)
     slot = torch.tensor([0])
     for attempt, sentinel in ((0, SENTINELS[0]), (1, SENTINELS[1])):
         monitor.open(0, spec(policy, limit=6, attempt=attempt, erased_tokens=6 * attempt))
@@ -272,3 +274,54 @@ def test_the_verdict_equals_the_reference_at_every_limit(stream: tuple[torch.Ten
                 threshold = adaptive_threshold(policy, statistics, History(), attempt).threshold
                 expected = is_erased(policy, fields[Field.UNCERTAINTY], threshold, attempt, erased_tokens, 6, 16)
                 assert bool(fields[Field.ERASED]) == expected
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_a_response_that_leaves_the_batch_is_measured_as_if_it_had_stayed(
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), window=3, threshold=math.inf)
+    steady, disturbed = (monitor_for(policy, 3, on_host=on_host, limit=24) for _ in range(2))
+    expected = {
+        slot: fields for _, judged in feed(steady, logits[:6, :3], tokens[:6, :3]) for slot, fields in rows(judged)
+    }
+    assert sorted(expected) == [0, 1, 2]
+    everyone, others = torch.arange(3), torch.tensor([2, 0])
+    for step in range(3):
+        disturbed.prepare(everyone, logits[step, :3].clone(), None)
+        if step < 2:
+            assert not rows_of(disturbed.observe(everyone, tokens[step, :3]))
+    # The token of step 2 is sampled for all, but the middle one is preempted before it is observed.
+    disturbed.leave(1)
+    assert not rows_of(disturbed.observe(others, tokens[2, others]))
+    found = {}
+    for step in range(3, 6):
+        disturbed.prepare(others, logits[step, others].clone(), None)
+        found |= dict(rows_of(disturbed.observe(others, tokens[step, others])))
+    # It is back, as the last of the batch, and its token is observed together with those of the others.
+    disturbed.enter(1)
+    alone = torch.tensor([1])
+    assert not rows_of(disturbed.observe(alone, tokens[2, alone]))
+    for step in range(3, 6):
+        batch = logits[step, :3].clone()
+        disturbed.prepare(alone, batch, alone)
+        found |= dict(rows_of(disturbed.observe(alone, tokens[step, alone])))
+    parts = slice(Field.START, Field.GRADIENT + 1)
+    assert {slot: fields[parts] for slot, fields in found.items()} == {
+        slot: fields[parts] for slot, fields in expected.items()
+    }
+
+
+def test_greedy_regeneration_takes_the_best_token_that_is_no_sentinel(
+    stream: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    logits = stream[0][0, :1].clone()
+    logits[0, SENTINELS[0]] = 100.0
+    best = logits[0, : SENTINELS[0]].argmax()
+    policy = ErasurePolicy(retry_temperature=0.8)
+    monitor = monitor_for(policy, 1, temperature=0.0, engine_temperature=0.8)
+    # After an accepted retry the request still runs at the retry temperature, but is to be greedy again.
+    monitor.prepare(torch.tensor([0]), logits, None)
+    assert logits.argmax() == best
+    assert logits.isfinite().sum() == 1

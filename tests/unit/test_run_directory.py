@@ -139,7 +139,7 @@ def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path: Path):
     directory.checkpoint(11).mkdir()
     (directory.checkpoints / "step_12.partial").mkdir()
     assert directory.checkpoint_steps() == [8, 9, 10]
-    assert newest_state(directory, seed=0).step == 10
+    assert newest_state(directory).step == 10
     directory.keep_newest_checkpoints(2)
     assert directory.checkpoint_steps() == [9, 10]
 
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path):
     add_checkpoint(directory, 3)
     (directory.checkpoint(3) / "driver.json").write_text("{")
     with pytest.raises(InputError, match=r"step_3/driver\.json can't be read"):
-        newest_state(directory, seed=0)
+        newest_state(directory)
 
 
 def test_going_back_to_a_checkpoint_forgets_what_came_after(tmp_path: Path):

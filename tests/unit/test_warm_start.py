@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner.errors import InputError
+from learner.model_directory import ensure_model
 from learner.tasks.chain import generate
 from learner.warm_start import (
     SETTINGS_FILE,
@@ -22,6 +25,7 @@ from learner.warm_start import (
     slipped_values,
     warm_start,
 )
+from tests.configs import run_config
 
 TOKENIZER = build_tokenizer()
 TINY = WarmStartSettings(chain_length=3, sequences_per_step=2, clean_steps=2, slip_steps=1)
@@ -163,3 +167,13 @@ def test_a_failure_half_way_keeps_the_earlier_model(tmp_path: Path) -> None:
         warm_start(output, TINY, force=True, on_step=fail)
     assert (output / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["demo"]
+
+
+def test_a_run_on_chains_of_another_length_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    warm_start(output, TINY)
+    for length, refused in ((TINY.chain_length, False), (4, True)):
+        config = run_config(data={"source": "chain", "length": length}, model={"path": str(output), "warm_start": True})
+        expected = pytest.raises(InputError, match="was made for chains of 3 steps") if refused else nullcontext()
+        with expected:
+            ensure_model(config, lambda *_: pytest.fail("the model was made again"))
