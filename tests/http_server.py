@@ -130,9 +130,10 @@ def running_server(model: Path, directory: Path, *flags: str, **variables: str) 
         )
     try:
         server = ServerProcess(process, _read_banner(process, log), log, variables.get("E3RL_API_KEY"))
-        yield server
-        if process.poll() is None:
-            assert server.stop() == 0, log.read_text()[-3000:]
+        with server.client, server.admin_client:
+            yield server
+            if process.poll() is None:
+                assert server.stop() == 0, log.read_text()[-3000:]
     finally:
         if process.poll() is None:
             process.kill()

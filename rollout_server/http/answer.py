@@ -48,6 +48,8 @@ class GenerationAnswer(Response):
         work = asyncio.create_task(self._work(scope, send))
         gone = asyncio.create_task(_disconnect(receive))
         self._service.under_way.add(work)
+        # Not below: Serve tells of a client that left with a message and then, in the middle of `finally`, by cancelling.
+        work.add_done_callback(self._service.under_way.discard)
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -63,7 +65,6 @@ class GenerationAnswer(Response):
             work.cancel()
             gone.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
-            self._service.under_way.discard(work)
 
     async def _work(self, scope: Scope, send: Send) -> None:
         seconds = self._service.settings.request_seconds

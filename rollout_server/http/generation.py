@@ -112,8 +112,10 @@ class Generation:
             finally:
                 for task in tasks:
                     task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                self._replicas.leave(member, len(unfinished))
+                try:
+                    await asyncio.gather(*tasks, return_exceptions=True)
+                finally:
+                    self._replicas.leave(member, len(unfinished))
             self.resubmissions += 1
             log.warning("a replica died; what its %d responses lack is generated on another", len(unfinished))
             self._rewind(group)

@@ -184,7 +184,7 @@ def test_exported_weights_are_transformers_state_dict(trained: Trained, tmp_path
     async def export() -> dict[str, torch.Tensor]:
         update = await trained.group.export_weights(3)
         weights = load_file(update.path)
-        assert (update.version, update.backend, update.tensors) == (3, "host", len(weights))
+        assert (update.version, update.backend) == (3, "host")
         assert update.bytes == sum(w.numel() * w.element_size() for w in weights.values())
         assert update.checksum == weight_checksum(weights.values())
         name, tensor = next(iter(weights.items()))

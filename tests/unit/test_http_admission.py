@@ -4,6 +4,8 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
+
 from tests.stub_replica import ERASING, StubReplica, StubServer, saying, until
 
 
@@ -54,8 +56,9 @@ async def test_the_deadline_is_a_504_and_in_a_stream_an_error_event() -> None:
     assert replica.under_way == 0
 
 
-async def test_a_disconnect_cancels_the_generation() -> None:
-    """Over ASGI itself: the client leaves while nothing is being sent."""
+@pytest.mark.parametrize("also_cancelled", [False, True], ids=["uvicorn", "ray-serve"])
+async def test_a_disconnect_cancels_the_generation(also_cancelled: bool) -> None:
+    """Over ASGI itself: the client leaves while nothing is being sent. Ray Serve cancels the call too, a little later."""
     replica = StubReplica(saying("a", "b"), gate=asyncio.Event())
     async with StubServer(replica) as server:
         body = json.dumps({"model": "stub", "prompt": "a", "stream": True}).encode()
@@ -85,8 +88,13 @@ async def test_a_disconnect_cancels_the_generation() -> None:
         call = asyncio.create_task(server.app(scope, receive, send))
         await until(lambda: replica.under_way > 0)
         left.set()
+        if also_cancelled:
+            await until(lambda: replica.under_way == 0)
+            call.cancel()
         async with asyncio.timeout(1.0):
-            await call
+            await asyncio.wait([call])
+        assert call.cancelled() == also_cancelled
+        assert not server.service.under_way
         assert replica.under_way == 0
         assert server.service.admission.busy == 0
         assert "e3rl_disconnects_total 1.0" in (await server.client.get("/metrics")).text
