@@ -48,7 +48,7 @@ class GenerationAnswer(Response):
         work = asyncio.create_task(self._work(scope, send))
         gone = asyncio.create_task(_disconnect(receive))
         self._service.under_way.add(work)
-        # Not below: Serve tells of a client that left with a message and then, in the middle of `finally`, by cancelling.
+        # Not below: Serve tells of a client that left with a message and then, in the middle of `finally`, cancels too.
         work.add_done_callback(self._service.under_way.discard)
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)

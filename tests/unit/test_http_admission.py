@@ -58,7 +58,7 @@ async def test_the_deadline_is_a_504_and_in_a_stream_an_error_event() -> None:
 
 @pytest.mark.parametrize("also_cancelled", [False, True], ids=["uvicorn", "ray-serve"])
 async def test_a_disconnect_cancels_the_generation(also_cancelled: bool) -> None:
-    """Over ASGI itself: the client leaves while nothing is being sent. Ray Serve cancels the call too, a little later."""
+    """Over ASGI itself: the client leaves while nothing is being sent. Ray Serve then cancels the call too."""
     replica = StubReplica(saying("a", "b"), gate=asyncio.Event())
     async with StubServer(replica) as server:
         body = json.dumps({"model": "stub", "prompt": "a", "stream": True}).encode()
