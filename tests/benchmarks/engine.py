@@ -5,6 +5,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,10 +24,19 @@ T = TypeVar("T")
 
 
 MAX_LENGTH = 1024
-PAIRS = 5
+ROUNDS = 5
+TURN_SECONDS = 1.0
 ERASED_SHARE = 0.2
 SHORT = Workload(requests=160, response=192, segment=64)
 LONG = Workload(requests=96, response=600, segment=256)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """An engine and what it is to do: `load` returns how many tokens it generated."""
+
+    llm: AsyncLLM
+    load: Callable[[], Awaitable[int]]
 
 
 async def measure_engine(directory: Path) -> list[Finding]:
@@ -41,26 +51,26 @@ async def measure_engine(directory: Path) -> list[Finding]:
         async def monitored(work: Workload, policy: ErasurePolicy) -> list[Trajectory]:
             return await _continuous(work, lambda n: erasable.generate(_request(n, work, policy)))
 
-        async def monitored_tokens(work: Workload, policy: ErasurePolicy) -> int:
-            return sum(trajectory.generated_tokens for trajectory in await monitored(work, policy))
+        def ours(work: Workload, policy: ErasurePolicy) -> _Side:
+            async def load() -> int:
+                return sum(trajectory.generated_tokens for trajectory in await monitored(work, policy))
 
-        async def plain_tokens(work: Workload, logprobs: int | None = None) -> int:
-            return sum(await _continuous(work, lambda n: _plain(plain, n, work, logprobs)))
+            return _Side(erasable.llm, load)
 
-        watching = _watching(SHORT)
+        def theirs(work: Workload, logprobs: int | None = None) -> _Side:
+            async def load() -> int:
+                return sum(await _continuous(work, lambda n: _plain(plain, n, work, logprobs)))
+
+            return _Side(plain, load)
+
+        watching = ours(SHORT, _watching(SHORT))
         findings = [
-            await _ratio(
-                "monitor on, nothing erased / plain vLLM",
-                0.97,
-                lambda: monitored_tokens(SHORT, watching),
-                lambda: plain_tokens(SHORT),
-                str(SHORT),
-            ),
+            await _ratio("monitor on, nothing erased / plain vLLM", 0.97, watching, theirs(SHORT), str(SHORT)),
             await _ratio(
                 "monitor on with log-probs / plain vLLM with logprobs=0",
                 0.95,
-                lambda: monitored_tokens(SHORT, watching),
-                lambda: plain_tokens(SHORT, logprobs=0),
+                watching,
+                theirs(SHORT, logprobs=0),
                 str(SHORT),
             ),
         ]
@@ -70,8 +80,8 @@ async def measure_engine(directory: Path) -> list[Finding]:
             finding = await _ratio(
                 f"20% of segments of {work.segment} tokens erased / plain vLLM, generated tokens per second",
                 0.93,
-                lambda work=work, policy=policy: monitored_tokens(work, policy),
-                lambda work=work: plain_tokens(work),
+                ours(work, policy),
+                theirs(work),
                 str(work),
             )
             after = await erasable.counters()
@@ -97,29 +107,44 @@ def _erasing(work: Workload, watched: list[Trajectory]) -> ErasurePolicy:
     return _watching(work).model_copy(update=changes)
 
 
-async def _ratio(
-    name: str, target: float, ours: Callable[[], Awaitable[int]], theirs: Callable[[], Awaitable[int]], workload: str
-) -> Finding:
-    """Tokens per second of `ours` over `theirs`, the median over pairs that run one after the other."""
-    await ours()
-    await theirs()
-    pairs = []
-    for number in range(PAIRS):
-        # Which goes first changes, so that a drift of the machine's speed favours neither.
+async def _ratio(name: str, target: float, ours: _Side, theirs: _Side, workload: str) -> Finding:
+    """Tokens per second of `ours` over `theirs`: the median over rounds in which they take turns."""
+    await ours.load()
+    await theirs.load()
+    rounds = []
+    for number in range(ROUNDS):
         order = (ours, theirs) if number % 2 == 0 else (theirs, ours)
-        speeds = {work: await _tokens_per_second(work) for work in order}
-        pairs.append((speeds[ours], speeds[theirs]))
-    ratios = [a / b for a, b in pairs]
-    ratio = statistics.median(ratios)
-    ours_speed, theirs_speed = (statistics.median(side) for side in zip(*pairs, strict=True))
+        speeds = await _in_turns(order)
+        rounds.append((speeds[order.index(ours)], speeds[order.index(theirs)]))
+    ratios = [a / b for a, b in rounds]
+    ours_speed, theirs_speed = (statistics.median(side) for side in zip(*rounds, strict=True))
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    return Finding(name, ratio, target, f"{ours_speed:.0f} / {theirs_speed:.0f} tokens/s, pairs {spread}; {workload}")
+    detail = f"{ours_speed:.0f} / {theirs_speed:.0f} tokens/s, rounds {spread}; {workload}"
+    return Finding(name, statistics.median(ratios), target, detail)
 
 
-async def _tokens_per_second(work: Callable[[], Awaitable[int]]) -> float:
-    started = time.perf_counter()
-    tokens = await work()
-    return tokens / (time.perf_counter() - started)
+async def _in_turns(sides: tuple[_Side, _Side]) -> list[float]:
+    """Tokens per second of each side under its whole load, while the other is frozen.
+
+    Turns are short, so that a machine whose speed drifts is the same for both. What an engine does of a step after
+    its turn is over is not counted, which takes the same share of both.
+    """
+    for side in sides:
+        await side.llm.pause_generation(mode="keep", clear_cache=False)
+    loads = [asyncio.create_task(side.load()) for side in sides]
+    seconds = [0.0 for _ in sides]
+    while not all(load.done() for load in loads):
+        for place, (side, load) in enumerate(zip(sides, loads, strict=True)):
+            if load.done():
+                continue
+            await side.llm.resume_generation()
+            started = time.perf_counter()
+            await asyncio.wait((load,), timeout=TURN_SECONDS)
+            seconds[place] += time.perf_counter() - started
+            await side.llm.pause_generation(mode="keep", clear_cache=False)
+    for side in sides:
+        await side.llm.resume_generation()
+    return [load.result() / taken for load, taken in zip(loads, seconds, strict=True)]
 
 
 async def _continuous(work: Workload, one: Callable[[int], Awaitable[T]]) -> list[T]:
