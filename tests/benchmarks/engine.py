@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 MAX_LENGTH = 1024
-ROUNDS = 5
+ROUNDS = 3
 TURN_SECONDS = 1.0
 ERASED_SHARE = 0.2
 SHORT = Workload(requests=160, response=192, segment=64)
