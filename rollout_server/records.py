@@ -1,7 +1,8 @@
 """Judgements on their way from the monitor, in vLLM's worker process, to the erasable engine.
 
-A ZeroMQ push/pull pair over a Unix socket: the engine's step is never stopped to fetch them, and one message carries
-all that a step judged. The record of a judgement is on its way before the sentinel that it led to is sampled.
+A ZeroMQ push/pull pair over a Unix socket: the engine's step is never stopped to fetch them. A message leaves when a
+judgement ends a request or somebody watches, and carries all that was judged since the last one. The record of a
+judgement that ends a request is on its way before the sentinel that it led to is sampled.
 """
 
 import os
@@ -22,8 +23,8 @@ from rollout_server.monitor import Field, Judged
 
 INBOX_LINGER_MS = 1000
 
-Sender = tuple[int, int]
-"""A submission's uid and the engine step in which its first token was sampled."""
+Sender = tuple[int, int, bool]
+"""A submission's uid, the engine step in which its first token was sampled, and whether somebody watches it."""
 
 
 class JudgementRecord(msgspec.Struct, array_like=True):
@@ -65,6 +66,7 @@ class Outbox:
 
     def __init__(self, address: str, threaded: bool) -> None:
         self.ended: deque[tuple[int, bool]] = deque()
+        self._held: list[JudgementRecord] = []
         self._encoder = msgspec.msgpack.Encoder()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(0)
@@ -76,7 +78,7 @@ class Outbox:
             threading.Thread(target=self._drain, args=(self._queue,), daemon=True, name="e3rl-outbox").start()
 
     def put(self, senders: list[Sender], step: int, judged: Judged) -> None:
-        """Send what a step judged; `senders` `[judged]` names the rows. Returns at once."""
+        """Send what a step judged, or hold it; `senders` `[judged]` names the rows. Returns at once."""
         if self._queue is None:
             self._send(senders, step, judged)
             return
@@ -90,7 +92,7 @@ class Outbox:
         self._queue.put((senders, step, copied, event))
 
     def close(self) -> None:
-        """Send what is left and close the socket; in a worker the end of its process does that."""
+        """Close the socket once what was sent has left; in a worker the end of its process does that."""
         self._socket.close()
 
     def _drain(self, waiting: "queue.SimpleQueue[tuple[list[Sender], int, Judged, torch.cuda.Event]]") -> None:
@@ -101,16 +103,21 @@ class Outbox:
 
     def _send(self, senders: list[Sender], step: int, judged: Judged) -> None:
         tokens = judged.tokens.numpy()
-        records = []
-        for row, ((uid, opened), fields) in enumerate(zip(senders, judged.fields.tolist(), strict=True)):
-            if fields[Field.JUDGED]:
-                length = int(fields[Field.END] - fields[Field.START])
-                records.append(JudgementRecord(uid, opened, step, fields, tokens[row, :length].tobytes()))
-        if records:
-            self._socket.send(self._encoder.encode(records))
-        for record in records:
+        ended = []
+        due = False
+        for row, ((uid, opened, watched), fields) in enumerate(zip(senders, judged.fields.tolist(), strict=True)):
+            if not fields[Field.JUDGED]:
+                continue
+            length = int(fields[Field.END] - fields[Field.START])
+            record = JudgementRecord(uid, opened, step, fields, tokens[row, :length].tobytes())
+            self._held.append(record)
+            due |= watched
             if record.erased or record.final:
-                self.ended.append((record.uid, record.final))
+                ended.append((uid, record.final))
+        if due or ended:
+            self._socket.send(self._encoder.encode(self._held))
+            self._held.clear()
+        self.ended.extend(ended)
 
 
 class Inbox:

@@ -308,6 +308,7 @@ class ResubmitRollback:
             engine_temperature=temperature,
             history=(progress.history.uncertainty, progress.history.mean, progress.history.deviation),
             stop_token_ids=() if request.ignore_eos else self._eos_token_ids,
+            watched=listener is not None,
         )
         seed = request.seed
         if seed is not None:

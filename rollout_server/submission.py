@@ -15,8 +15,9 @@ class Submission(msgspec.Struct, frozen=True):
     """One vLLM request of a response: the whole response, or its rest after an erasure.
 
     It holds all that the monitor must know, so that a response can be resumed on any replica. `uid` is unique in an
-    engine. `policy`: JSON of an `ErasurePolicy`. `stop_token_ids`: tokens that end the response. It travels as one
-    string, because vLLM makes deep copies of what is in `extra_args`.
+    engine. `policy`: JSON of an `ErasurePolicy`. `stop_token_ids`: tokens that end the response. `watched`: each
+    judgement is wanted at once, not only when the request ends. It travels as one string, because vLLM makes deep
+    copies of what is in `extra_args`.
     """
 
     uid: int
@@ -34,6 +35,7 @@ class Submission(msgspec.Struct, frozen=True):
     engine_temperature: float
     history: tuple[float, float, float]
     stop_token_ids: tuple[int, ...]
+    watched: bool
 
     def extra_args(self) -> dict[str, Any]:
         """For `SamplingParams.extra_args`."""
@@ -45,6 +47,11 @@ class Submission(msgspec.Struct, frozen=True):
         if not extra_args or EXTRA_ARG not in extra_args:
             return None
         return _DECODER.decode(extra_args[EXTRA_ARG])
+
+    @property
+    def kind(self) -> str:
+        """The same for responses that are segmented and measured in the same way, whose statistics are comparable."""
+        return _kind(self.policy)
 
     @property
     def parsed_policy(self) -> ErasurePolicy:
@@ -63,6 +70,11 @@ _DECODER = msgspec.json.Decoder(Submission)
 def policy_json(policy: ErasurePolicy) -> str:
     """JSON of a policy, for `Submission.policy`."""
     return policy.model_dump_json()
+
+
+@lru_cache(maxsize=1024)
+def _kind(policy: str) -> str:
+    return _parse_policy(policy).model_dump_json(include={"segmentation", "signal", "window", "weights"})
 
 
 @lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
@@ -33,7 +34,8 @@ class _Followed:
     """A request that the monitor follows.
 
     `output_ids`: vLLM's own running list; `seen`: how many of it were observed. `opened`: the engine step in which
-    it entered the batch. `ended`: the request is forced to its end; `finished`: the response is too.
+    it entered the batch. `away`: it left the batch. `ended`: the request is forced to its end; `finished`: the
+    response is too.
     """
 
     uid: int
@@ -41,7 +43,9 @@ class _Followed:
     group: str
     output_ids: list[int]
     opened: int
+    watched: bool
     seen: int = 0
+    away: bool = False
     ended: bool = False
     finished: bool = False
 
@@ -164,30 +168,35 @@ class SegmentMonitorProcessor(LogitsProcessor):
     def _build_rows(self, batch_size: int) -> _Rows:
         indices = sorted(self._batch)
         followed = [self._batch[index] for index in indices]
-        slots = torch.tensor([f.slot for f in followed], device=self._device)
+        slots = self._tensor([f.slot for f in followed])
         everything = len(indices) == batch_size
-        index = None if everything else torch.tensor(indices, device=self._device)
+        index = None if everything else self._tensor(indices)
         self._rows = _Rows(followed, slots, index)
         return self._rows
 
     def _observe(self, rows: _Rows) -> None:
         """Give the monitor the tokens that are new. A request in the middle of its (re)prefill has none."""
-        fresh = [followed for followed in rows.followed if len(followed.output_ids) > followed.seen]
+        fresh: list[_Followed] = []
+        tokens: list[int] = []
+        for followed in rows.followed:
+            output_ids = followed.output_ids
+            length = len(output_ids)
+            if length > followed.seen:
+                followed.seen = length
+                fresh.append(followed)
+                tokens.append(output_ids[-1])
         if not fresh:
             return
-        tokens = [followed.output_ids[-1] for followed in fresh]
-        for followed in fresh:
-            followed.seen = len(followed.output_ids)
         slots = rows.slots
         if len(fresh) < len(rows.followed):
-            slots = torch.tensor([followed.slot for followed in fresh], device=self._device)
-        judged = self._monitor.observe(slots, torch.tensor(tokens, device=self._device))
+            slots = self._tensor([followed.slot for followed in fresh])
+        judged = self._monitor.observe(slots, self._tensor(tokens))
         if judged is None:
             return
         if len(judged.slots) < len(fresh):
             by_slot = {followed.slot: followed for followed in fresh}
             fresh = [by_slot[slot] for slot in judged.slots.tolist()]
-        self._outbox.put([(followed.uid, followed.opened) for followed in fresh], self._step, judged)
+        self._outbox.put([(followed.uid, followed.opened, followed.watched) for followed in fresh], self._step, judged)
         self._collect_ended()
 
     def _collect_ended(self) -> None:
@@ -200,6 +209,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
             if response_finished:
                 followed.finished = True
                 self._member_finished(followed.group)
+            if followed.away:
+                self._depart(followed)
 
     def _add(self, index: int, params: "SamplingParams", output_ids: list[int]) -> None:
         self._leave(index)
@@ -217,6 +228,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
             self._resumed += 1
         self._monitor.enter(followed.slot)
         followed.output_ids = output_ids
+        followed.away = False
         self._batch[index] = followed
 
     def _leave(self, index: int) -> None:
@@ -224,12 +236,17 @@ class SegmentMonitorProcessor(LogitsProcessor):
         followed = self._batch.pop(index, None)
         if followed is None:
             return
+        followed.away = True
         if followed.ended:
-            self._departed.append(followed)
-            if len(self._departed) > DEPARTED_KEPT:
-                self._forget(self._departed.popleft())
+            self._depart(followed)
         elif len(followed.output_ids) > followed.seen:
             self._monitor.leave(followed.slot)
+
+    def _depart(self, followed: _Followed) -> None:
+        """An ended request that left; a while later its slot is another's."""
+        self._departed.append(followed)
+        if len(self._departed) > DEPARTED_KEPT:
+            self._forget(self._departed.popleft())
 
     def _open(self, submission: Submission, output_ids: list[int]) -> _Followed:
         policy = submission.parsed_policy
@@ -258,14 +275,16 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 prior=group.prior,
             ),
         )
-        followed = _Followed(submission.uid, slot, submission.group, output_ids, opened=self._step + 1)
+        followed = _Followed(
+            submission.uid, slot, submission.group, output_ids, opened=self._step + 1, watched=submission.watched
+        )
         self._followed[submission.uid] = followed
         return followed
 
     def _open_group(self, submission: Submission, policy: ErasurePolicy) -> _Group:
         row = self._free_group_rows.pop() if self._free_group_rows else len(self._groups)
         self._monitor.open_group(row)
-        group = _Group(row, submission.group_size, self._prior(policy), policy.prior_decay)
+        group = _Group(row, submission.group_size, self._prior_row(submission.kind), policy.prior_decay)
         self._groups[submission.group] = group
         return group
 
@@ -285,11 +304,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._monitor.close(followed.slot)
         self._free_slots.append(followed.slot)
 
-    def _prior(self, policy: ErasurePolicy) -> int:
-        """Row of the prior for responses that are segmented and measured in the same way."""
-        return self._prior_row(policy.model_dump_json(include={"segmentation", "signal", "window", "weights"}))
-
     def _prior_row(self, key: str) -> int:
+        """Row of the prior for responses of one kind."""
         if key in self._priors:
             self._priors.move_to_end(key)
             return self._priors[key]
@@ -299,6 +315,10 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._monitor.clear_prior(row)
         self._priors[key] = row
         return row
+
+    def _tensor(self, numbers: list[int]) -> torch.Tensor:
+        """Int64, on the device. Through numpy, which reads a list in half of torch's time."""
+        return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self._device)
 
     def _token_table(self, token_ids: tuple[int, ...]) -> int:
         if token_ids not in self._token_tables:

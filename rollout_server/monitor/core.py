@@ -5,8 +5,8 @@ takes the tokens that the last step sampled, `prepare` the logits from which the
 Mathematics: `algorithm.md`, sections 2 to 5; reference: `common.uncertainty` and `common.threshold`.
 
 What is as wide as the vocabulary is in torch tensors on the device of the logits. The slots' state is in arrays of
-`xp`: numpy's on CPU, where one of its calls costs a tenth of torch's, torch's elsewhere; only what both spell alike
-is used on them.
+`xp`: numpy's on CPU, where `host.observe` reads them in a compiled loop, torch's elsewhere, where `judge` is used; the
+rest is written in what both spell alike.
 """
 
 import math
@@ -15,8 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout_server.monitor.judge import Array, columns, judge, uncertainty_parts
+from rollout_server.monitor import host
+from rollout_server.monitor.judge import columns, judge, uncertainty_parts
 from rollout_server.monitor.layout import NO_SENTINEL, Int, Judged, Past, Real, SlotSpec
+
+Array = Any
+"""An array of numpy's or a tensor of torch's."""
 
 
 class SegmentMonitor:
@@ -55,7 +59,7 @@ class SegmentMonitor:
         self._full = self._zeros(slots, dtype=whole)
         self._token_logprobs = self._zeros(slots, 1, dtype=short)
         self._token_behaviours = self._zeros(slots, 1, dtype=short)
-        self._token_entropies = self._zeros(slots, 1, dtype=short)
+        self._token_signals = self._zeros(slots, 1, dtype=short)
         self._ints = self._zeros(slots, len(Int), dtype=whole)
         self._past = self._zeros(slots, len(Past))
         self._reals = self._zeros(slots, len(Real))
@@ -66,7 +70,6 @@ class SegmentMonitor:
         self._tempered: set[int] = set()
         self._retempered: set[int] = set()
         self._entropic: set[int] = set()
-        self._delimited: set[int] = set()
 
     @property
     def capacity(self) -> int:
@@ -151,13 +154,11 @@ class SegmentMonitor:
             self._retempered.add(slot)
         if policy.signal == "entropy":
             self._entropic.add(slot)
-        if spec.delimiters:
-            self._delimited.add(slot)
 
     def close(self, slot: int) -> None:
         """Stop following the response in `slot`."""
         self._kept.pop(slot, None)
-        for special in (self._tempered, self._retempered, self._entropic, self._delimited):
+        for special in (self._tempered, self._retempered, self._entropic):
             special.discard(slot)
 
     def leave(self, slot: int) -> None:
@@ -176,7 +177,7 @@ class SegmentMonitor:
         self._rows_used += 1
 
     def _reserve(self, slot: int, spec: SlotSpec) -> None:
-        tokens = ("_token_logprobs", "_token_behaviours", "_token_entropies")
+        tokens = ("_token_logprobs", "_token_behaviours", "_token_signals")
         slots = ("_row", "_behaviour_normaliser", "_entropy", "_count", "_full", "_ints", "_past", "_reals", "_forced")
         for name in tokens + slots:
             setattr(self, name, _grown(getattr(self, name), 0, slot + 1))
@@ -193,100 +194,87 @@ class SegmentMonitor:
         Returns the judgements of the segments that ended, or None. On a GPU every row is returned, the column
         `Field.JUDGED` saying which count, so that the host need not know.
         """
-        own_slots, own_tokens = self._own(slots), self._own(tokens)
-        count = self._count[own_slots] + 1
-        self._count[own_slots] = count
-        self._measure(own_slots, own_tokens, count - 1)
-        stopped = self._token_tables[self._ints[own_slots, Int.STOPS], own_tokens]
-        ended = stopped | (count >= self._full[own_slots])
-        if self._delimited:
-            delimiting = self._token_tables[self._ints[own_slots, Int.DELIMITERS], own_tokens]
-            ended |= delimiting & (count >= self._ints[own_slots, Int.MIN_LENGTH])
         if self.on_host:
-            rows = ended.nonzero()[0]
-            if len(rows) == 0:
-                return None
-            own_slots, count, stopped, ended = own_slots[rows], count[rows], stopped[rows], ended[rows]
-        else:
-            # An engine that runs ahead steps a row once more before it takes it out.
-            ended &= self._forced[own_slots] < 0
-        return self._conclude(own_slots, count, stopped, ended)
+            return self._observe_on_host(slots.numpy(), tokens.numpy())
+        count = self._count[slots] + 1
+        self._count[slots] = count
+        self._measure(slots, tokens, count - 1)
+        stopped = self._token_tables[self._ints[slots, Int.STOPS], tokens]
+        delimiting = self._token_tables[self._ints[slots, Int.DELIMITERS], tokens]
+        ended = stopped | (count >= self._full[slots]) | (delimiting & (count >= self._ints[slots, Int.MIN_LENGTH]))
+        # An engine that runs ahead steps a row once more before it takes it out.
+        return self._conclude(slots, count, stopped, ended & (self._forced[slots] < 0))
 
-    def _measure(self, slots: Array, tokens: Array, place: Array) -> None:
+    def _observe_on_host(self, slots: np.ndarray, tokens: np.ndarray) -> Judged | None:
+        judged, fields, per_token = host.observe(
+            slots, tokens, self._logprobs.numpy(), self._row, self._behaviour_normaliser, self._entropy, self._count,
+            self._full, self._token_logprobs, self._token_behaviours, self._token_signals, self._token_tables,
+            self._ints, self._past, self._reals, self._forced, self._groups, self._priors, *self.sentinels,
+        )  # fmt: skip
+        if len(judged) == 0:
+            return None
+        return Judged(torch.from_numpy(judged), torch.from_numpy(fields), torch.from_numpy(per_token))
+
+    def _measure(self, slots: torch.Tensor, tokens: torch.Tensor, place: torch.Tensor) -> None:
         """Keep what is needed of the sampled tokens, `[rows]`, at their places in their segments."""
-        logprob = self._own(self._logprobs)[self._row[slots], tokens]
+        ints = self._ints[slots]
+        logprob = self._logprobs[self._row[slots], tokens]
+        temperature = self._temperature(ints, self._reals[slots])
+        tempered = (logprob / temperature.clip(1e-5) - self._behaviour_normaliser[slots]) * (temperature > 0.0)
         self._token_logprobs[slots, place] = logprob
-        if self._entropic:
-            self._token_entropies[slots, place] = self._entropy[slots]
-        if self._tempered:
-            temperature = self._temperature(self._ints[slots], self._reals[slots])
-            tempered = logprob / temperature.clip(1e-5) - self._behaviour_normaliser[slots]
-            behaviour = self._xp.where(temperature > 0.0, tempered, 0.0)
-            self._token_behaviours[slots, place] = self._array(behaviour, self._xp.float32)
+        self._token_behaviours[slots, place] = torch.where(temperature == 1.0, logprob, tempered).float()
+        self._token_signals[slots, place] = torch.where(ints[:, Int.USES_ENTROPY] > 0, self._entropy[slots], -logprob)
 
-    def _conclude(self, slots: Array, count: Array, stopped: Array, ended: Array) -> Judged:
+    def _conclude(self, slots: torch.Tensor, count: torch.Tensor, stopped: torch.Tensor, ended: torch.Tensor) -> Judged:
         """Judge the segments that `ended` (all arguments are rows of the batch) and move their slots on.
 
         An accepted segment becomes history and the next one begins. A slot that is erased or final is forced to its
         sentinel from now on: its request ends, and what follows an erasure is a new request in a new slot.
         """
-        xp = self._xp
+        where = torch.where
         ints, reals, past = self._ints[slots], self._reals[slots], self._past[slots]
         temperature = self._temperature(ints, reals)
-        tokens = self._segment_tokens(slots, count, ints, temperature)
-        parts = uncertainty_parts(xp, self._array(tokens[:, :, 2]), count, ints[:, Int.WINDOW], reals)
+        tokens = torch.stack(
+            [self._token_logprobs[slots], self._token_behaviours[slots], self._token_signals[slots]], 2
+        )
+        parts = uncertainty_parts(tokens[:, :, 2].double(), count, ints[:, Int.WINDOW], reals)
         statistics = self._observe_group(ints, reals, parts[0], ended)
-        verdict = judge(xp, count, ints, past, reals, parts, statistics, ended)
+        verdict = judge(count, ints, past, reals, parts, statistics, ended)
         position = ints[:, Int.START] + count
         final = stopped | (position >= ints[:, Int.LIMIT])
-        fields = xp.concatenate([verdict.fields, columns(xp, [temperature, final, ended])], 1)
+        fields = torch.cat([verdict.fields, columns([temperature, final, ended])], 1)
         erase, finish = self.sentinels
-        forced = xp.where(verdict.erased, erase, xp.where(ended & final, finish, NO_SENTINEL))
-        self._forced[slots] = xp.maximum(self._forced[slots], forced)
+        forced = where(verdict.erased, erase, where(ended & final, finish, NO_SENTINEL))
+        self._forced[slots] = self._forced[slots].maximum(forced)
         accepted = ended & ~verdict.erased
-        self._past[slots] = xp.where(accepted[:, None], past + verdict.history, past)
-        ints[:, Int.START] = xp.where(accepted, position, ints[:, Int.START])
+        self._past[slots] = where(accepted[:, None], past + verdict.history, past)
+        ints[:, Int.START] = where(accepted, position, ints[:, Int.START])
         ints[:, Int.SEGMENT] += accepted
         ints[:, Int.ATTEMPT] *= ~accepted
         self._ints[slots] = ints
-        self._full[slots] = xp.minimum(ints[:, Int.MAX_LENGTH], ints[:, Int.LIMIT] - ints[:, Int.START])
+        self._full[slots] = ints[:, Int.MAX_LENGTH].minimum(ints[:, Int.LIMIT] - ints[:, Int.START])
         self._count[slots] = count * ~ended
-        return Judged(self._tensor(slots), self._tensor(fields), self._tensor(tokens))
+        return Judged(slots, fields, tokens)
 
-    def _segment_tokens(self, slots: Array, count: Array, ints: Array, temperature: Array) -> Array:
-        """As `Judged.tokens`: float32 `[rows, longest, 3]`."""
-        where = self._xp.where
-        longest = int(count.max()) if self.on_host else self._token_logprobs.shape[1]
-        behaviours = logprobs = self._token_logprobs[slots, :longest]
-        signals = -logprobs
-        if self._tempered:
-            behaviours = where((temperature != 1.0)[:, None], self._token_behaviours[slots, :longest], logprobs)
-        if self._entropic:
-            entropies = self._token_entropies[slots, :longest]
-            signals = where(ints[:, Int.USES_ENTROPY, None] > 0, entropies, signals)
-        return self._xp.stack([logprobs, behaviours, signals], 2)
-
-    def _observe_group(self, ints: Array, reals: Array, uncertainty: Array, ended: Array) -> Array:
+    def _observe_group(
+        self, ints: torch.Tensor, reals: torch.Tensor, uncertainty: torch.Tensor, ended: torch.Tensor
+    ) -> torch.Tensor:
         """Count the segments that ended in their groups; statistics after that, `[rows, 6]` as `GroupStatistics`.
 
         Segments that end in the same step see each other, whatever their order in the batch.
         """
-        xp = self._xp
         group, segment = ints[:, Int.GROUP], ints[:, Int.SEGMENT]
         observed = ended & ((ints[:, Int.ATTEMPT] == 0) | (ints[:, Int.OBSERVE_ALL] > 0))
-        moments = columns(xp, [xp.ones_like(uncertainty), uncertainty, uncertainty**2])
-        moments = xp.where(observed[:, None], moments, 0.0)
-        if self.on_host:
-            np.add.at(self._groups, (group, segment), moments)
-        else:
-            self._groups.index_put_((group, segment), moments, accumulate=True)
+        moments = columns([torch.ones_like(uncertainty), uncertainty, uncertainty**2])
+        moments = torch.where(observed[:, None], moments, 0.0)
+        self._groups.index_put_((group, segment), moments, accumulate=True)
         n, total, squares = self._groups[group, segment].T
         mean = total / n.clip(1.0)
         variance = (squares / n.clip(1.0) - mean**2).clip(0.0)
         known, prior_mean, prior_second = self._priors[ints[:, Int.PRIOR], segment].T
         strength = known * reals[:, Real.PRIOR_STRENGTH]
         prior_variance = (prior_second - prior_mean**2).clip(0.0)
-        return columns(xp, [n, mean, variance, strength, prior_mean, prior_variance])
+        return columns([n, mean, variance, strength, prior_mean, prior_variance])
 
     def prepare(self, slots: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Keep what is needed of the logits and force sentinels, in place, before the engine samples.

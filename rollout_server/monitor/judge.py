@@ -1,20 +1,20 @@
-"""Uncertainty, threshold and verdict of many segments at once (`algorithm.md`, sections 3 to 5), in float64."""
+"""Uncertainty, threshold and verdict of many segments at once (`algorithm.md`, sections 3 to 5), in float64.
+
+For devices that a step must not wait for: every row is computed, whether or not its segment ended.
+`rollout_server.monitor.host` does the same in the host's memory.
+"""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
+import torch
 
 from rollout_server.monitor.layout import Int, Real
 
-Array = Any
-"""An array of numpy's or a tensor of torch's: what is done to it here is spelt alike in both."""
 
-
-def columns(xp: Any, parts: list[Array]) -> Array:
-    """Float64 `[rows, len(parts)]`: `stack`, which numpy does in Python, array by array."""
-    return np.array(parts, dtype=np.float64).T if xp is np else xp.stack(parts, 1)
+def columns(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Float64 `[rows, len(parts)]`."""
+    return torch.stack([part.double() for part in parts], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,48 +25,47 @@ class Verdicts:
     `fields` `[rows, Field.TEMPERATURE]`: the leading columns of a judgement.
     """
 
-    erased: Array
-    history: Array
-    fields: Array
+    erased: torch.Tensor
+    history: torch.Tensor
+    fields: torch.Tensor
 
 
 def uncertainty_parts(
-    xp: Any, signal: Array, count: Array, window: Array, reals: Array
-) -> tuple[Array, Array, Array, Array]:
+    signal: torch.Tensor, count: torch.Tensor, window: torch.Tensor, reals: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """U and its parts base, extreme and gradient, each float64 `[rows]`.
 
     `signal` float64 `[rows, longest]`: H of the tokens, of which the first `count` `[rows]` are the segment's.
     """
-    place = xp.arange(signal.shape[1], device=signal.device)
-    row = xp.arange(len(signal), device=signal.device)[:, None]
+    place = torch.arange(signal.shape[1], device=signal.device)
+    row = torch.arange(len(signal), device=signal.device)[:, None]
     count, window = count[:, None], window[:, None]
     inside = place < count
-    kept = xp.where(inside, signal, 0.0)
-    total = xp.cumsum(kept, 1)
-    too_old = xp.where(place >= window, total[row, (place - window).clip(0)], 0.0)
-    averages = (total - too_old) / xp.minimum(place + 1, window)
-    base = (xp.where(inside, averages, 0.0) / count).sum(1)
-    extreme = xp.amax(xp.where(inside, signal, -math.inf), 1) - (kept / count).sum(1)
-    steps = xp.zeros_like(kept)
+    kept = torch.where(inside, signal, 0.0)
+    total = torch.cumsum(kept, 1)
+    too_old = torch.where(place >= window, total[row, (place - window).clip(0)], 0.0)
+    averages = (total - too_old) / torch.minimum(place + 1, window)
+    base = (torch.where(inside, averages, 0.0) / count).sum(1)
+    extreme = torch.amax(torch.where(inside, signal, -math.inf), 1) - (kept / count).sum(1)
+    steps = torch.zeros_like(kept)
     steps[:, 1:] = abs(kept[:, 1:] - kept[:, :-1])
-    gradient = xp.amax(xp.where(inside, steps, 0.0), 1)
+    gradient = torch.amax(torch.where(inside, steps, 0.0), 1)
     uncertainty = reals[:, Real.BASE] * base + reals[:, Real.EXTREME] * extreme + reals[:, Real.GRADIENT] * gradient
     return uncertainty, base, extreme, gradient
 
 
 def judge(
-    xp: Any,
-    count: Array,
-    ints: Array,
-    past: Array,
-    reals: Array,
-    parts: tuple[Array, ...],
-    statistics: Array,
-    ended: Array,
+    count: torch.Tensor,
+    ints: torch.Tensor,
+    past: torch.Tensor,
+    reals: torch.Tensor,
+    parts: tuple[torch.Tensor, ...],
+    statistics: torch.Tensor,
+    ended: torch.Tensor,
 ) -> Verdicts:
     """Judge the segments of the rows in `ended`; what other rows get means nothing.
 
-    `xp`: numpy or torch, whichever the arrays are of. `count` `[rows]`: tokens of the segments. `ints`, `past`,
+    `count` `[rows]`: tokens of the segments. `ints`, `past`,
     `reals`: the slots' state, by the columns of `layout`. `parts`: from `uncertainty_parts`. `statistics`
     `[rows, 6]`: as `common.threshold.GroupStatistics`.
     """
@@ -75,16 +74,16 @@ def judge(
     total = (n + strength).clip(1e-12)
     mean = (n * group_mean + strength * prior_mean) / total
     second = n * (group_variance + group_mean**2) + strength * (prior_variance + prior_mean**2)
-    deviation = xp.sqrt((second / total - mean**2).clip(0.0))
+    deviation = torch.sqrt((second / total - mean**2).clip(0.0))
     enough = n + strength >= 2.0
-    baseline = xp.where(enough, mean + reals[:, Real.KAPPA] * deviation, math.inf)
+    baseline = torch.where(enough, mean + reals[:, Real.KAPPA] * deviation, math.inf)
     attempt = ints[:, Int.ATTEMPT]
-    penalty = xp.exp(reals[:, Real.GAMMA] * attempt)
+    penalty = torch.exp(reals[:, Real.GAMMA] * attempt)
     past_uncertainty, past_mean, spread = past.T
-    score = xp.where(spread > 1e-12, (past_uncertainty - past_mean) / spread.clip(1e-12), 0.0)
-    modulation = 1.0 + reals[:, Real.ETA] * xp.tanh(score)
+    score = torch.where(spread > 1e-12, (past_uncertainty - past_mean) / spread.clip(1e-12), 0.0)
+    modulation = 1.0 + reals[:, Real.ETA] * torch.tanh(score)
     fixed = reals[:, Real.THRESHOLD]
-    threshold = xp.where(xp.isnan(fixed), baseline * penalty * modulation, fixed)
+    threshold = torch.where(torch.isnan(fixed), baseline * penalty * modulation, fixed)
     erased = (
         ended
         & (uncertainty > threshold)
@@ -92,7 +91,6 @@ def judge(
         & (ints[:, Int.ERASED] + count <= ints[:, Int.ERASED_LIMIT])
     )
     fields = columns(
-        xp,
         [
             ints[:, Int.SEGMENT], attempt, ints[:, Int.START], ints[:, Int.START] + count,
             uncertainty, base, extreme, gradient, baseline, penalty, modulation, threshold, erased,
@@ -100,5 +98,5 @@ def judge(
             past_uncertainty, past_mean, spread, ints[:, Int.ERASED],
         ],
     )  # fmt: skip
-    history = columns(xp, [uncertainty, mean, deviation]) * enough[:, None]
+    history = columns([uncertainty, mean, deviation]) * enough[:, None]
     return Verdicts(erased, history, fields)

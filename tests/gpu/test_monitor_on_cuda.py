@@ -54,7 +54,7 @@ async def test_records_leave_the_device_without_the_step_waiting() -> None:
     receiver = asyncio.create_task(inbox.receive(arrived.append))
     judged = judgements("cuda")
     for step, one in enumerate(judged):
-        outbox.put([(slot, 1) for slot in range(SLOTS)], step, one)
+        outbox.put([(slot, 1, True) for slot in range(SLOTS)], step, one)
     async with asyncio.timeout(10.0):
         while len(arrived) < len(judged_rows(judged)):
             await asyncio.sleep(0.01)

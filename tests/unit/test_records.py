@@ -39,8 +39,8 @@ async def test_what_is_judged_arrives_in_order_and_whole() -> None:
         ],
         longest=3,
     )
-    outbox.put([(7, 1), (8, 1), (9, 2)], 5, first)
-    outbox.put([(10, 3)], 6, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
+    outbox.put([(7, 1, False), (8, 1, False), (9, 2, False)], 5, first)
+    outbox.put([(10, 3, True)], 6, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
     async with asyncio.timeout(10.0):
         await complete.wait()
     receiver.cancel()
@@ -53,3 +53,21 @@ async def test_what_is_judged_arrives_in_order_and_whole() -> None:
     assert arrived[1].per_token.tolist() == first.tokens[2].tolist()
     # Erased and final ones end their requests, the last judgement does not.
     assert list(outbox.ended) == [(7, False), (9, True)]
+
+
+async def test_what_nobody_watches_waits_for_the_next_end() -> None:
+    inbox = Inbox()
+    outbox = Outbox(inbox.address, threaded=False)
+    arrived: asyncio.Queue[JudgementRecord] = asyncio.Queue()
+    receiver = asyncio.create_task(inbox.receive(arrived.put_nowait))
+    accepted = judged([{Field.JUDGED: 1, Field.END: 1}], longest=1)
+    outbox.put([(1, 1, False)], 5, accepted)
+    outbox.put([(2, 1, False)], 6, accepted)
+    await asyncio.sleep(0.2)
+    assert arrived.empty()
+    outbox.put([(3, 1, False)], 7, judged([{Field.JUDGED: 1, Field.END: 1, Field.FINAL: 1}], longest=1))
+    async with asyncio.timeout(10.0):
+        assert [(await arrived.get()).uid for _ in range(3)] == [1, 2, 3]
+    receiver.cancel()
+    outbox.close()
+    inbox.close()
