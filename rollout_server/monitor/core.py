@@ -70,6 +70,10 @@ class SegmentMonitor:
         self._tempered: set[int] = set()
         self._retempered: set[int] = set()
         self._entropic: set[int] = set()
+        if self.on_host:
+            # Compiled, or loaded from where it is cached, before the first request rather than in its first step.
+            nothing = np.empty(0, np.int64)
+            self._observe_on_host(nothing, nothing)
 
     @property
     def capacity(self) -> int:

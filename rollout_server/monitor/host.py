@@ -6,8 +6,9 @@ segment in a step, and each of numpy's calls costs more than all that is compute
 
 import math
 from collections import namedtuple
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -15,6 +16,12 @@ from numba import njit
 from rollout_server.monitor.layout import NO_SENTINEL, Field, Int, Past, Real
 
 Array = Any
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """Compiled when it is first called, and kept on disk beside this file; an index out of bounds raises."""
+    return cast(F, njit(cache=True, boundscheck=True)(function))
 
 
 def _places(columns: type[IntEnum]) -> Any:
@@ -26,7 +33,7 @@ def _places(columns: type[IntEnum]) -> Any:
 INT, PAST, REAL, FIELD = map(_places, (Int, Past, Real, Field))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def observe(
     slots: Array,
     tokens: Array,
@@ -110,13 +117,13 @@ def observe(
     return judged, fields, per_token
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _temperature(ints: Array, reals: Array) -> Any:
     """In force: the retry temperature while a segment is regenerated."""
     return reals[REAL.RETRY_TEMPERATURE] if ints[INT.ATTEMPT] > 0 else reals[REAL.TEMPERATURE]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _measure(
     slot: int,
     token: int,
@@ -142,7 +149,7 @@ def _measure(
         token_behaviours[slot, place] = 0.0
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _uncertainty(signal: Array, window: int, reals: Array, fields: Array) -> None:
     """U of a segment from the H of its tokens, float32 `[tokens]`, and its parts, into `fields`."""
     length = len(signal)
@@ -166,7 +173,7 @@ def _uncertainty(signal: Array, window: int, reals: Array, fields: Array) -> Non
     )
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _judge(count: int, ints: Array, past: Array, reals: Array, group: Array, prior: Array, fields: Array) -> Any:
     """Threshold and verdict of a segment of `count` tokens, into `fields`; an accepted one becomes `past`.
 
