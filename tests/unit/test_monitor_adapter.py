@@ -1,0 +1,91 @@
+"""The monitor's vLLM adapter, driven through vLLM's own `BatchUpdate`s, without an engine."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate
+
+from common.config import ErasurePolicy, FixedSegmentation
+from rollout_server.monitor import Judged
+from rollout_server.records import Inbox, Outbox, Sender
+from rollout_server.submission import Submission, policy_json
+from rollout_server.vllm_v1 import DEPARTED_KEPT, SegmentMonitorProcessor
+
+VOCABULARY = 50
+SENTINELS = (48, 49)
+POLICY = policy_json(ErasurePolicy(segmentation=FixedSegmentation(length=2), max_erasures=0))
+
+
+class LateOutbox(Outbox):
+    """Reports only when told, as a GPU's does that waits for its copies to arrive."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, threaded=False)
+        self._waiting: list[tuple[list[Sender], int, Judged]] = []
+
+    def put(self, senders: list[Sender], step: int, judged: Judged) -> None:
+        self._waiting.append((senders, step, judged))
+
+    def arrive(self) -> None:
+        for senders, step, judged in self._waiting:
+            super().put(senders, step, judged)
+        self._waiting.clear()
+
+
+def processor(address: str) -> SegmentMonitorProcessor:
+    """One that follows up to two requests at once."""
+    config: Any = SimpleNamespace(
+        additional_config={"e3rl": {"address": address, "sentinel_ids": SENTINELS}},
+        model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
+        scheduler_config=SimpleNamespace(max_num_seqs=2),
+    )
+    return SegmentMonitorProcessor(config, torch.device("cpu"), is_pin_memory=False)
+
+
+def params(uid: int) -> SamplingParams:
+    """Of a response of one segment of two tokens."""
+    submission = Submission(
+        uid=uid,
+        group=str(uid),
+        group_size=1,
+        policy=POLICY,
+        erasable=True,
+        position=0,
+        segment=0,
+        attempt=0,
+        erased_tokens=0,
+        limit=2,
+        erased_limit=2,
+        temperature=1.0,
+        engine_temperature=1.0,
+        history=(0.0, 0.0, 0.0),
+        stop_token_ids=(),
+        watched=False,
+    )
+    return SamplingParams(extra_args=submission.extra_args())
+
+
+def test_a_request_whose_end_is_reported_after_it_left_gives_its_slot_back() -> None:
+    inbox = Inbox()
+    followed = processor(inbox.address)
+    late = LateOutbox(inbox.address)
+    followed._outbox.close()
+    followed._outbox = late
+    for uid in range(10 * DEPARTED_KEPT):
+        output_ids: list[int] = []
+        followed.update_state(BatchUpdate(1, removed=[], added=[(0, params(uid), None, output_ids)], moved=[]))
+        for _ in range(2):
+            followed.apply(torch.zeros(1, VOCABULARY))
+            output_ids.append(7)
+        assert followed.apply(torch.zeros(1, VOCABULARY)).argmax() == SENTINELS[1]
+        output_ids.append(SENTINELS[1])
+        followed.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
+        late.arrive()
+        followed.apply(torch.zeros(0, VOCABULARY))
+    counters = followed.counters()
+    late.close()
+    inbox.close()
+    assert counters["following"] == 0
+    assert counters["slots"] <= 2 * DEPARTED_KEPT + 2
