@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout_server.monitor import host
 from rollout_server.monitor.judge import columns, judge, uncertainty_parts
 from rollout_server.monitor.layout import NO_SENTINEL, Int, Judged, Past, Real, SlotSpec
 
@@ -71,7 +70,11 @@ class SegmentMonitor:
         self._retempered: set[int] = set()
         self._entropic: set[int] = set()
         if self.on_host:
-            # Compiled, or loaded from where it is cached, before the first request rather than in its first step.
+            # Imported here: numba takes half a second, which only a worker on CPU needs to spend. Compiled here, or
+            # loaded from where that is kept, rather than in a request's first step.
+            from rollout_server.monitor import host
+
+            self._observe_rows = host.observe
             nothing = np.empty(0, np.int64)
             self._observe_on_host(nothing, nothing)
 
@@ -210,7 +213,7 @@ class SegmentMonitor:
         return self._conclude(slots, count, stopped, ended & (self._forced[slots] < 0))
 
     def _observe_on_host(self, slots: np.ndarray, tokens: np.ndarray) -> Judged | None:
-        judged, fields, per_token = host.observe(
+        judged, fields, per_token = self._observe_rows(
             slots, tokens, self._logprobs.numpy(), self._row, self._behaviour_normaliser, self._entropy, self._count,
             self._full, self._token_logprobs, self._token_behaviours, self._token_signals, self._token_tables,
             self._ints, self._past, self._reals, self._forced, self._groups, self._priors, *self.sentinels,

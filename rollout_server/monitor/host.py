@@ -4,6 +4,7 @@ The same mathematics as `rollout_server.monitor.judge` (`algorithm.md`, sections
 segment in a step, and each of numpy's calls costs more than all that is computed for them here. numba comes with vLLM.
 """
 
+import logging
 import math
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,13 +16,19 @@ from numba import njit
 
 from rollout_server.monitor.layout import NO_SENTINEL, Field, Int, Past, Real
 
+log = logging.getLogger("e3rl.engine")
 Array = Any
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """Compiled when it is first called, and kept on disk beside this file; an index out of bounds raises."""
-    return cast(F, njit(cache=True, boundscheck=True)(function))
+    """Compiled when it is first called, and kept on disk; an index out of bounds raises."""
+    try:
+        return cast(F, njit(cache=True, boundscheck=True)(function))
+    except RuntimeError as error:
+        # numba finds no directory that it may write to, as in a read-only container.
+        log.info("compiling %s anew in every process: %s", function.__name__, error)
+        return cast(F, njit(boundscheck=True)(function))
 
 
 def _places(columns: type[IntEnum]) -> Any:
@@ -70,8 +77,15 @@ def observe(
             continue  # An engine that runs ahead steps a row once more before it takes it out.
         place = count[slot]
         count[slot] = place + 1
-        _measure(slot, token, place, logprobs[row[slot], token], normaliser, entropy, token_logprobs, token_behaviours,
-                 token_signals, ints, reals)  # fmt: skip
+        logprob = behaviour = logprobs[row[slot], token]
+        temperature = _temperature(ints[slot], reals[slot])
+        if temperature == 0.0:
+            behaviour = 0.0
+        elif temperature != 1.0:
+            behaviour = logprob / max(temperature, 1e-5) - normaliser[slot]
+        token_logprobs[slot, place] = logprob
+        token_behaviours[slot, place] = behaviour
+        token_signals[slot, place] = entropy[slot] if ints[slot, INT.USES_ENTROPY] else -logprob
         stops = token_tables[ints[slot, INT.STOPS], token]
         delimits = token_tables[ints[slot, INT.DELIMITERS], token] and place + 1 >= ints[slot, INT.MIN_LENGTH]
         if stops or delimits or place + 1 >= full[slot]:
@@ -121,32 +135,6 @@ def observe(
 def _temperature(ints: Array, reals: Array) -> Any:
     """In force: the retry temperature while a segment is regenerated."""
     return reals[REAL.RETRY_TEMPERATURE] if ints[INT.ATTEMPT] > 0 else reals[REAL.TEMPERATURE]
-
-
-@compiled
-def _measure(
-    slot: int,
-    token: int,
-    place: int,
-    logprob: float,
-    normaliser: Array,
-    entropy: Array,
-    token_logprobs: Array,
-    token_behaviours: Array,
-    token_signals: Array,
-    ints: Array,
-    reals: Array,
-) -> None:
-    """Keep what is needed of a sampled token at its `place` in its segment."""
-    token_logprobs[slot, place] = logprob
-    token_signals[slot, place] = entropy[slot] if ints[slot, INT.USES_ENTROPY] else -logprob
-    temperature = _temperature(ints[slot], reals[slot])
-    if temperature == 1.0:
-        token_behaviours[slot, place] = logprob
-    elif temperature > 0.0:
-        token_behaviours[slot, place] = logprob / max(temperature, 1e-5) - normaliser[slot]
-    else:
-        token_behaviours[slot, place] = 0.0
 
 
 @compiled

@@ -65,9 +65,8 @@ def judge(
 ) -> Verdicts:
     """Judge the segments of the rows in `ended`; what other rows get means nothing.
 
-    `count` `[rows]`: tokens of the segments. `ints`, `past`,
-    `reals`: the slots' state, by the columns of `layout`. `parts`: from `uncertainty_parts`. `statistics`
-    `[rows, 6]`: as `common.threshold.GroupStatistics`.
+    `count` `[rows]`: tokens of the segments. `ints`, `past`, `reals`: the slots' state, by the columns of `layout`.
+    `parts`: from `uncertainty_parts`. `statistics` `[rows, 6]`: as `common.threshold.GroupStatistics`.
     """
     uncertainty, base, extreme, gradient = parts
     n, group_mean, group_variance, strength, prior_mean, prior_variance = statistics.T

@@ -1,5 +1,9 @@
-"""The monitor's vLLM adapter, driven through vLLM's own `BatchUpdate`s, without an engine."""
+"""The monitor's vLLM adapter, driven through vLLM's own `BatchUpdate`s, without an engine; where it is installed."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,3 +93,18 @@ def test_a_request_whose_end_is_reported_after_it_left_gives_its_slot_back() -> 
     inbox.close()
     assert counters["following"] == 0
     assert counters["slots"] <= 2 * DEPARTED_KEPT + 2
+
+
+def test_an_installation_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> None:
+    for package in ("common", "rollout_server"):
+        shutil.copytree(package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    # Files where directories would have to be made: root may write wherever it is forbidden.
+    (tmp_path / "rollout_server" / "monitor" / "__pycache__").touch()
+    script = """
+import torch
+from rollout_server.monitor import SegmentMonitor
+monitor = SegmentMonitor(50, torch.device("cpu"), (48, 49))
+assert monitor.observe(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)) is None
+"""
+    environment = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=120)
