@@ -73,6 +73,13 @@ class ServerProcess:
             assert time.monotonic() < deadline, f"{metric} is {now} after {WAIT_SECONDS:g} s and not {value}"
             time.sleep(0.02)
 
+    def wait_for_log(self, text: str) -> None:
+        """Wait until the log has this text: a request's line is written once its answer is sent."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while text not in self.log.read_text():
+            assert time.monotonic() < deadline, f"{text} is not in the log after {WAIT_SECONDS:g} s"
+            time.sleep(0.02)
+
     def settle(self) -> None:
         """Wait until no request is under way; all KV blocks must then be free."""
         self.wait_for("e3rl_requests_active", 0)
