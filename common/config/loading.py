@@ -1,6 +1,6 @@
 """From a YAML file and `--set` options to a validated configuration, with messages that a user can act on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,27 @@ def build_config(settings: dict[str, Any]) -> RunConfig:
     """The validated configuration; `settings["preset"]` changes the defaults below what `settings` says itself."""
     preset = settings.get("preset", "e3rl")
     under = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    merged = merge(under, settings)
     try:
-        return RunConfig.model_validate(merge(under, settings))
+        config = RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
+    if problems := list(_taken_for_numbers(merged, config)):
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _taken_for_numbers(given: Any, read: Any, place: str = "") -> Iterator[str]:
+    """Complaints about booleans, which pydantic reads as 0 and 1 where a number is expected: YAML's `yes` is one."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            inner = read[key] if isinstance(read, dict) else getattr(read, key)
+            yield from _taken_for_numbers(value, inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(given, list):
+        for number, (value, inner) in enumerate(zip(given, read, strict=True)):
+            yield from _taken_for_numbers(value, inner, f"{place}.{number}")
+    elif isinstance(given, bool) and not isinstance(read, bool):
+        yield f"{place}: a number is expected (found {given})"
 
 
 def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:

@@ -84,6 +84,18 @@ def test_all_problems_are_reported_at_once_with_what_was_found(tmp_path: Path):
     assert "(found -1)" in message
 
 
+@pytest.mark.parametrize(
+    ("assignment", "place"),
+    [
+        ("steps=yes", "steps"),
+        ("rollout.erasure.segmentation.max_length=true", "rollout.erasure.segmentation.max_length"),
+        ("learner.optimizer.betas=[0.9, off]", "learner.optimizer.betas.1"),
+    ],
+)
+def test_what_yaml_takes_for_a_boolean_is_no_number(tmp_path: Path, assignment: str, place: str):
+    assert f"{place}: a number is expected (found" in refused(tmp_path, assignment)
+
+
 def test_a_system_prompt_without_a_chat_template_is_refused():
     data = {"source": "file", "train_path": "a.jsonl", "test_path": "a.jsonl", "chat": False, "system_prompt": "Think."}
     with pytest.raises(ConfigError, match=r"data\.file: system_prompt needs chat: true"):
