@@ -203,14 +203,15 @@ class SegmentMonitor:
         """
         if self.on_host:
             return self._observe_on_host(slots.numpy(), tokens.numpy())
-        count = self._count[slots] + 1
+        # An engine that runs ahead steps a row on after its sentinel, before it takes it out.
+        running = self._forced[slots] < 0
+        count = self._count[slots] + running
         self._count[slots] = count
-        self._measure(slots, tokens, count - 1)
+        self._measure(slots, tokens, (count - 1).clip(0))
         stopped = self._token_tables[self._ints[slots, Int.STOPS], tokens]
         delimiting = self._token_tables[self._ints[slots, Int.DELIMITERS], tokens]
         ended = stopped | (count >= self._full[slots]) | (delimiting & (count >= self._ints[slots, Int.MIN_LENGTH]))
-        # An engine that runs ahead steps a row once more before it takes it out.
-        return self._conclude(slots, count, stopped, ended & (self._forced[slots] < 0))
+        return self._conclude(slots, count, stopped, ended & running)
 
     def _observe_on_host(self, slots: np.ndarray, tokens: np.ndarray) -> Judged | None:
         judged, fields, per_token = self._observe_rows(
@@ -256,7 +257,8 @@ class SegmentMonitor:
         accepted = ended & ~verdict.erased
         self._past[slots] = where(accepted[:, None], past + verdict.history, past)
         ints[:, Int.START] = where(accepted, position, ints[:, Int.START])
-        ints[:, Int.SEGMENT] += accepted
+        # Not after the last one: an engine that runs ahead looks a row's segment up after its sentinel too.
+        ints[:, Int.SEGMENT] += accepted & ~final
         ints[:, Int.ATTEMPT] *= ~accepted
         self._ints[slots] = ints
         self._full[slots] = ints[:, Int.MAX_LENGTH].minimum(ints[:, Int.LIMIT] - ints[:, Int.START])

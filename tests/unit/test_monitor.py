@@ -204,6 +204,15 @@ def test_an_erased_segment_forces_the_erase_sentinel_and_the_end_the_other(
         assert again.argmax().item() == sentinel
 
 
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_steps_after_the_forced_one_are_not_measured(on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, tokens = stream
+    monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=1)), 1, on_host=on_host, limit=1)
+    (step, judged), *later = feed(monitor, logits[:4, :1], tokens[:4, :1])
+    assert (step, [slot for slot, _ in rows(judged)]) == (0, [0])
+    assert [row for _, after in later for row in rows(after)] == []
+
+
 def test_sentinels_are_masked_in_followed_rows_only(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, _ = stream
     monitor = monitor_for(ErasurePolicy(), 2)
