@@ -1,8 +1,9 @@
 """Prompts: from the chain task, local files or Hugging Face data sets, and the order in which training uses them."""
 
+import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -59,6 +60,14 @@ def read_rows(config: RunConfig, split: Split) -> list[Row]:
         records = list(_read_file(path))
         return _rows(records, data.columns, data.chat, data.system_prompt, str(path), split)
     return _hub_rows(data, config.seed, split)
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """SHA-256 of the rows in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def tokenise(rows: Sequence[Row], tokenizer: Tokenizer, max_prompt_tokens: int, split: Split) -> PromptSet:

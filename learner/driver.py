@@ -16,7 +16,7 @@ from common.interfaces import Rollouts
 from common.trajectory import Group, Prompt
 from learner.data import PromptStream
 from learner.display import Display
-from learner.driver_state import DriverState, RunRecord, save_state
+from learner.driver_state import DriverState, RunRecord, newest_state, save_state
 from learner.errors import DiskFullError, Interrupted, PartError, part
 from learner.evaluation import MODES, Mode, evaluate_groups, evaluation_requests
 from learner.generation import generate_groups, reward_groups
@@ -32,8 +32,8 @@ from learner.treatment import TreatedShare, first_treated_sample, plain_outcome,
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
-CHECKPOINT_COPIES = 4
-"""A checkpoint in copies of the weights: the weights, their master copy, and AdamW's two moments, in float32."""
+CHECKPOINT_COPIES = {"float32": 4, "bfloat16": 7}
+"""A checkpoint in copies of the weights: themselves, and in float32 their master copy and AdamW's two moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,11 @@ class Driver:
         with StopRequest(self._announce_stop, self._display.stop) as stop:
             try:
                 await self._start(stop)
-                if self._state.step == 0:
-                    await self._evaluate(stop, "before training")
+                # Also of the step that is resumed after: its evaluation may have been interrupted.
+                await self._evaluate_if_due(stop)
                 await self._train(stop)
                 await self._checkpoint()
-                await self._evaluate(stop, "after training")
+                await self._evaluate(stop)
                 await self._export()
             except Interrupted:
                 await self._checkpoint()
@@ -148,10 +148,9 @@ class Driver:
             self._display.step(metrics, config.steps)
             if config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
                 await self._checkpoint()
-            if config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
-                paused = time.monotonic()
-                await self._evaluate(stop, f"after step {step}")
-                self._clock += time.monotonic() - paused
+            paused = time.monotonic()
+            await self._evaluate_if_due(stop)
+            self._clock += time.monotonic() - paused
 
     def _is_finished(self) -> bool:
         return is_finished(self._config, self._state)
@@ -220,6 +219,7 @@ class Driver:
             success_rate=self._share.success_rate,
             generated_tokens=total,
             rollouts=rollouts_state,
+            data=before.data,
         )
         self._learner_step = step
         metrics |= {
@@ -241,9 +241,15 @@ class Driver:
         self._weight_bytes = report.bytes
         return report.bytes
 
-    async def _evaluate(self, stop: StopRequest, when: str) -> None:
-        """Evaluate the current policy in both modes, unless an earlier process has done so. `when`: for the user."""
+    async def _evaluate_if_due(self, stop: StopRequest) -> None:
+        step, every = self._state.step, self._config.evaluation.every_steps
+        if step == 0 or (every and step % every == 0):
+            await self._evaluate(stop)
+
+    async def _evaluate(self, stop: StopRequest) -> None:
+        """Evaluate the current policy in both modes, unless that was done before."""
         step = self._state.step
+        when = "after training" if self._is_finished() else f"after step {step}" if step else "before training"
         done = {(e.step, e.mode) for e in self._record.evaluations}
         for mode in MODES:
             if (step, mode) not in done:
@@ -276,12 +282,17 @@ class Driver:
         )
 
     async def _checkpoint(self) -> None:
-        """Write a checkpoint of the last finished step, if the learner holds that step and there is none yet."""
+        """Write a checkpoint of the last finished step, if the learner holds that step and there is none yet.
+
+        The first evaluation changes the state of step 0, of which there may be one from before it.
+        """
         state = self._state
-        if self._learner_step != state.step or state.step in self._directory.checkpoint_steps():
+        written = state.step in self._directory.checkpoint_steps() and newest_state(self._directory) == state
+        if self._learner_step != state.step or written:
             return
         self._display.phase(f"writing the checkpoint of step {state.step}")
-        require_space(self._directory.checkpoint(state.step), CHECKPOINT_COPIES * self._weight_bytes)
+        size = CHECKPOINT_COPIES[self._config.model.dtype] * self._weight_bytes
+        require_space(self._directory.checkpoint(state.step), size)
         with part("checkpoint", state.step), replacing(self._directory.checkpoint(state.step)) as partial:
             partial.mkdir()
             await self._learner.save_checkpoint(partial / "learner")

@@ -21,7 +21,7 @@ class DriverState(StrictModel):
 
     `epoch` and `position`: the ledger of prompts; those before it were trained on, and none is in flight between
     steps. `success_rate`: the running success rate of plain responses. `rollouts`: what the rollout side has learnt of
-    the thresholds.
+    the thresholds. `data`: digest of the rows of both splits, without which the ledger means nothing.
     """
 
     step: int = 0
@@ -31,6 +31,7 @@ class DriverState(StrictModel):
     success_rate: float = 0.0
     generated_tokens: int = 0
     rollouts: list[Any] = Field(default_factory=list)
+    data: str = ""
 
 
 def save_state(checkpoint: Path, state: DriverState) -> None:

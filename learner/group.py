@@ -47,15 +47,17 @@ class LearnerGroup:
         """Start the ranks and load the model. Raises LearnerError with the reason if it can't be loaded."""
         await asyncio.to_thread(remove_weight_files, self._config.name, os.getpid())
         self._log_directory.mkdir(parents=True, exist_ok=True)
+        on_gpus = trains_on_gpus(self._config, int(ray.cluster_resources().get("GPU", 0.0)))
+        options = self._actor_options(on_gpus)
         actor = ray.remote(LearnerRank)
         self._ranks = [
-            actor.options(**self._actor_options()).remote(self._config, rank, str(self._log_directory))
+            actor.options(**options).remote(self._config, rank, str(self._log_directory))
             for rank in range(self._config.learner.ranks)
         ]
         seconds = self._config.learner.step_seconds
         placements: list[Placement] = await self._call("place", "starting", seconds)
-        environments = _environments(placements)
-        await self._call("start", "loading the model", seconds, each=[(e,) for e in environments])
+        each = [(environment,) for environment in environments(placements, on_gpus)]
+        await self._call("start", "loading the model", seconds, each=each)
 
     async def train_step(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Train on one rollout, `minibatches_per_step` optimizer steps; metrics by the names of `common.metrics`.
@@ -118,18 +120,17 @@ class LearnerGroup:
         self._ranks = []
         await asyncio.to_thread(remove_weight_files, self._config.name, os.getpid())
 
-    def _actor_options(self) -> dict[str, Any]:
-        gpus = ray.cluster_resources().get("GPU", 0.0)
+    def _actor_options(self, on_gpus: bool) -> dict[str, Any]:
         environment = {
             "OMP_NUM_THREADS": str(self._config.learner.threads_per_rank),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        if gpus < self._config.learner.ranks:
+        if not on_gpus:
             environment["DS_ACCELERATOR"] = "cpu"
         return {
             # Ranks idle while replicas generate, so they share the CPUs of a small machine with them.
             "num_cpus": 0,
-            "num_gpus": 1 if gpus >= self._config.learner.ranks else 0,
+            "num_gpus": 1 if on_gpus else 0,
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": environment},
@@ -237,24 +238,42 @@ def _failure(errors: Mapping[int, BaseException], waiting: Sequence[bool], what:
     return failure
 
 
-def _environments(placements: Sequence[Placement]) -> list[dict[str, str]]:
+def trains_on_gpus(config: RunConfig, gpus: int) -> bool:
+    """Whether each rank gets one of the cluster's GPUs; with too few a float32 model is trained on the CPUs.
+
+    Raises LearnerError if they are too few for another one.
+    """
+    engine, ranks = config.rollout.engine, config.learner.ranks
+    rollout = engine.replicas * engine.tensor_parallel_size
+    if gpus == 0 or gpus >= rollout + ranks:
+        return gpus > 0
+    if config.model.dtype != "float32":
+        raise LearnerError(
+            f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas x tensor_parallel_size + learner.ranks "
+            f"({engine.replicas} x {engine.tensor_parallel_size} + {ranks} = {rollout + ranks})"
+        )
+    return False
+
+
+def environments(placements: Sequence[Placement], on_gpus: bool) -> list[dict[str, str]]:
     """What DeepSpeed and torch read of the environment, for each rank."""
     nodes = [placement.node for placement in placements]
     one_machine = len(set(nodes)) == 1
-    environments = []
+    result = []
     for rank, placement in enumerate(placements):
         environment = {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(placements)),
-            "LOCAL_RANK": str(nodes[:rank].count(placement.node)),
+            # The number of the rank's device: Ray shows each actor its own GPU alone.
+            "LOCAL_RANK": "0" if on_gpus else str(nodes[:rank].count(placement.node)),
             "LOCAL_SIZE": str(nodes.count(placement.node)),
             "MASTER_ADDR": "127.0.0.1" if one_machine else placements[0].address,
             "MASTER_PORT": str(placements[0].port),
         }
         if one_machine:
             environment["GLOO_SOCKET_IFNAME"] = "lo"
-        environments.append(environment)
-    return environments
+        result.append(environment)
+    return result
 
 
 def _with_absolute_model(config: RunConfig) -> RunConfig:

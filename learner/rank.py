@@ -75,11 +75,12 @@ class LearnerRank:
         model = load_policy(self._config.model)
         import deepspeed
         import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
 
         # Without this DeepSpeed compiles a C++ extension for two minutes when a process group of gloo begins.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            dist_backend="gloo" if get_accelerator().device_name() == "cpu" else "nccl",
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=self._config.learner.step_seconds),
         )

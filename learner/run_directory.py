@@ -18,8 +18,25 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 PARTIAL = ".partial"
 CHECKPOINT_STATE = "driver.json"
-CHANGEABLE_ON_RESUME = ("steps", "token_budget", "evaluation", "checkpoint")
-"""Settings that may differ from the stored configuration when a run is resumed."""
+CHANGEABLE_ON_RESUME = (
+    "steps",
+    "token_budget",
+    "evaluation.every_steps",
+    "checkpoint",
+    "runs_directory",
+    "learner.step_seconds",
+    "sync.deadline_seconds",
+    "reward.timeout_seconds",
+    "rollout.engine.start_seconds",
+    "rollout.engine.response_seconds",
+    "rollout.engine.kv_cache_gib",
+    "rollout.engine.gpu_memory_utilization",
+    "rollout.engine.log_stats",
+)
+"""Settings, and parts of the configuration, that may differ from the stored ones when a run is resumed: how long it
+goes on and what it leaves, deadlines, memory, and where it lies."""
+
+_CHANGEABLE = tuple(f"{setting}." for setting in CHANGEABLE_ON_RESUME)
 
 
 class RunDirectory:
@@ -168,7 +185,7 @@ def check_same_run(stored: RunConfig, given: RunConfig) -> None:
     differing = [
         f"  {key}: {before.get(key, 'not set')!r} in the run, {now.get(key, 'not set')!r} now"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in CHANGEABLE_ON_RESUME
+        if before.get(key) != now.get(key) and not f"{key}.".startswith(_CHANGEABLE)
     ]
     if differing:
         raise InputError(

@@ -7,10 +7,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.config import ConfigError, RunConfig, build_config, dump_yaml
-from common.config.loading import merge, parse_assignment, read_yaml
+from common.config.loading import changed, read_assignments, read_yaml
 from learner.errors import InputError, Interrupted, PartError
 from learner.run_directory import CONFIG, write_dry_run
 
@@ -52,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         dest="assignments",
         help="change one setting; may be given several times, the value is YAML",
     )
-    what.add_argument("--name", help="the run's name: short for --set name=NAME; its files are in runs/NAME")
+    what.add_argument("--name", help="the run's name; its files are in runs/NAME")
     how = result.add_argument_group("what to do")
     how.add_argument("--dry-run", action="store_true", help="check, write and print the configuration; start nothing")
     how.add_argument("--resume", action="store_true", help="continue the run of that name from its newest checkpoint")
@@ -66,16 +65,15 @@ def parser() -> argparse.ArgumentParser:
 
 def read_config(options: argparse.Namespace) -> RunConfig:
     """The configuration that the command line asks for. `--resume --name X` alone takes the stored one."""
-    assignments = [*options.assignments, *([f"name={options.name}"] if options.name else [])]
-    changes: dict[str, Any] = {}
-    for assignment in assignments:
-        changes = merge(changes, parse_assignment(assignment))
+    changes = read_assignments(options.assignments)
+    if options.name:
+        changes["name"] = options.name
     path = options.config
     if path is None:
         if not (options.resume and options.name):
             raise ConfigError("--config FILE is needed (or --resume --name NAME, which takes the stored one)")
         path = Path(str(changes.get("runs_directory", "runs"))) / options.name / CONFIG
-    return build_config(merge(read_yaml(path), changes))
+    return build_config(changed(read_yaml(path), changes))
 
 
 def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:

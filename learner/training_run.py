@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from common.config import RunConfig, variant
-from common.config.data import ChainReward
+from common.config.data import ChainReward, MathReward
 from common.interfaces import ROLLOUTS, Rollouts
 from learner.cluster import ray_cluster
-from learner.data import PromptStream, Row, read_rows, tokenise
+from learner.data import PromptStream, Row, read_rows, rows_digest, tokenise
 from learner.display import Display
 from learner.driver import Driver, Parts, Problems, is_finished
 from learner.driver_state import DriverState, RunRecord, newest_state
@@ -29,6 +29,7 @@ from learner.quiet import LOG_NAME, quiet_output
 from learner.report import build_report, comparison_table, final_table, write_report
 from learner.rewards import Rewards, make_rewards
 from learner.rewards.chain_steps import check_prompts
+from learner.rewards.worker_rewards import check_answers
 from learner.run_directory import RunDirectory, check_unused, directory_of, holds_run, write_text
 from learner.tasks import Split
 
@@ -80,6 +81,12 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 
     Raises as `train` does; what is wrong with a baseline is said before the run begins.
     """
+    schedule = config.learner.optimizer.schedule
+    if schedule != "constant":
+        raise InputError(
+            f"--compare needs learner.optimizer.schedule: constant, not {schedule}: for the same tokens the baselines "
+            "take other numbers of steps, and so their learning rates would differ"
+        )
     baselines = [variant(config, preset, f"{config.name}-{preset}") for preset in BASELINES]
     if not resume:
         for planned in (config, *baselines):
@@ -98,8 +105,11 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 def _prepared(config: RunConfig) -> Iterator[_Prepared]:
     """Read the data and load the reward function, which need neither model nor Ray; stop the function afterwards."""
     rows: dict[Split, list[Row]] = {"train": read_rows(config, "train"), "test": read_rows(config, "test")}
+    every_row = [row for split in rows.values() for row in split]
     if isinstance(config.reward, ChainReward):
-        check_prompts([row for split in rows.values() for row in split])
+        check_prompts(every_row)
+    elif isinstance(config.reward, MathReward):
+        check_answers(every_row)
     rewards = make_rewards(config.reward)
     try:
         asyncio.run(rewards.start())
@@ -144,6 +154,13 @@ def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, displa
         return cast(dict[str, Any], json.loads(directory.report.read_text(encoding="utf-8")))
     # Without a checkpoint the run begins anew, evaluations included: they leave their mark on the thresholds.
     directory.truncate(state.step if directory.checkpoint_steps() else -1)
+    digest = rows_digest([*prepared.rows["train"], *prepared.rows["test"]])
+    if state.data not in ("", digest):
+        raise InputError(
+            f"the data is not what {directory.path} was trained on so far (rows were added, removed or changed), so "
+            "its place in it means nothing: restore the data, or start a new run with another --name"
+        )
+    state = state.model_copy(update={"data": digest})
     if state.step:
         display.message(f"continuing {directory.path} after step {state.step}")
     with closing(RunRecord(directory, state.step + 1)) as record:

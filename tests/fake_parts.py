@@ -55,7 +55,9 @@ class FakeRollouts:
         for answer in answers:
             await asyncio.sleep(0)
             yield answer
-        self.learnt = self.learnt / 2 + sum(answer.generated_tokens for answer in answers)
+        # Plain responses teach the thresholds nothing.
+        if monitored := [answer.generated_tokens for answer in answers if answer.policy is not None]:
+            self.learnt = self.learnt / 2 + sum(monitored)
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> SyncReport:
         self.version = update.version

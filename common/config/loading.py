@@ -31,6 +31,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What each preset sets; `e3rl` is the defaults, `paper` what the paper describes, the others are baselines."""
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in a mapping is an error: PyYAML takes the last and drops the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands here a second time", node.value[number][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 _UNION_TAGS = ("mode", "kind", "source")
 
 
@@ -61,7 +75,7 @@ def parse_assignment(assignment: str) -> dict[str, Any]:
     if not separator or not all(keys):
         raise ConfigError(f"--set {assignment!r} is not of the form a.b.c=value")
     try:
-        value: Any = yaml.safe_load(text)
+        value: Any = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
     for key in reversed(keys):
@@ -73,7 +87,7 @@ def parse_assignment(assignment: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -81,6 +95,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no settings: expected a mapping, found {type(content).__name__}")
     return content
+
+
+def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """What `--set` options ask for, applied in order."""
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        changes = merge(changes, parse_assignment(assignment))
+    return changes
+
+
+def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A file's settings with a command line's `changes`. A preset among these wins over the file, too."""
+    preset = changes.get("preset")
+    asked_for = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    return merge(merge(settings, asked_for), changes)
 
 
 def build_config(settings: dict[str, Any]) -> RunConfig:
@@ -112,10 +141,7 @@ def _taken_for_numbers(given: Any, read: Any, place: str = "") -> Iterator[str]:
 
 def load_config(path: Path, assignments: Iterable[str] = ()) -> RunConfig:
     """Read `path`, apply `--set` assignments in order, validate."""
-    settings = read_yaml(path)
-    for assignment in assignments:
-        settings = merge(settings, parse_assignment(assignment))
-    return build_config(settings)
+    return build_config(changed(read_yaml(path), read_assignments(assignments)))
 
 
 def variant(config: RunConfig, preset: str, name: str) -> RunConfig:

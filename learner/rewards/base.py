@@ -41,3 +41,7 @@ class Rewards(Protocol):
 
 class RewardError(Exception):
     """A reward that is no finite number, or a function that raised."""
+
+
+class UnusableAnswerError(ValueError):
+    """A reference answer that no response can be compared with: every response gets 0, and a warning is logged."""

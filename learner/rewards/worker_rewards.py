@@ -3,18 +3,21 @@
 import importlib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from learner.data import Row
 from learner.errors import InputError
-from learner.rewards.base import RewardError, RewardItem, Scores
+from learner.rewards.base import RewardError, RewardItem, Scores, UnusableAnswerError
 from learner.rewards.workers import Outcome, RewardFunction, WorkerPool
 
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
+_MARKUP = re.compile(r"\\boxed|[\s${}]")
 
 
 class WorkerRewards:
@@ -56,7 +59,19 @@ class WorkerRewards:
         if outcome.error is not None:
             log.error("reward %s, prompt %r:\n%s", self._name, item.prompt_id, outcome.traceback)
             raise RewardError(f"reward {self._name}, prompt {item.prompt_id!r}: {outcome.error}")
+        if outcome.warning:
+            log.warning("reward %s: prompt %r: %s, so its reward is 0", self._name, item.prompt_id, outcome.warning)
         return float(outcome.value)
+
+
+def check_answers(rows: Iterable[Row]) -> None:
+    """Raise InputError for reference answers that hold nothing. What else can't be read shows when it is drawn."""
+    empty = [row.id for row in rows if not _MARKUP.sub("", row.answer)]
+    if empty:
+        raise InputError(
+            f"reward.kind 'math' needs an answer to every prompt: {len(empty)} have none, "
+            f"{', '.join(map(repr, empty[:3]))}{', ...' if len(empty) > 3 else ''}"
+        )
 
 
 def math_rewards(timeout_seconds: float) -> WorkerRewards:
@@ -109,7 +124,7 @@ def load_math() -> RewardFunction:
     def score(item: RewardItem) -> float:
         reference = math_verify.parse(_as_latex(item.answer), parsing_timeout=0)
         if not reference:
-            raise ValueError(f"math-verify finds no expression in the reference answer {item.answer!r:.80}")
+            raise UnusableAnswerError(f"math-verify finds no expression in the reference answer {item.answer!r:.80}")
         answer = math_verify.parse(item.response, extraction_config=boxed_first, parsing_timeout=0)
         return float(math_verify.verify(reference, answer, timeout_seconds=None))
 

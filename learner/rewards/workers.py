@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from learner.rewards.base import RewardItem
+from learner.rewards.base import RewardItem, UnusableAnswerError
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,13 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a worker answered: a value, or an error's one line and its traceback, or neither when time was up."""
+    """What a worker answered: a value, or an error's one line and its traceback, or neither when time was up.
+
+    `warning`: why the value is 0, if it is not the response's fault.
+    """
 
     value: Any = None
+    warning: str = ""
     error: str | None = None
     traceback: str = ""
     timed_out: bool = False
@@ -67,6 +71,8 @@ def _end_with_parent() -> None:
 def _call(function: RewardFunction, item: RewardItem) -> Outcome:
     try:
         value = function(item)
+    except UnusableAnswerError as error:
+        return Outcome(value=0.0, warning=str(error))
     except Exception as error:
         return Outcome(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
     try:

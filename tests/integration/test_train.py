@@ -105,10 +105,16 @@ def wait_for_step(process: "subprocess.Popen[str]", directory: Path, step: int) 
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
-    """The directory of a run that nothing disturbed."""
+def whole_output(place: Path) -> str:
+    """What the terminal shows of a run that nothing disturbed."""
     status, output = train(place, "--name", "whole")
     assert status == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, whole_output: str) -> Path:
+    """That run's directory."""
     return place / "runs" / "whole"
 
 
@@ -144,7 +150,9 @@ def test_the_exported_policy_is_the_one_that_was_trained(whole: Path, place: Pat
     policy = AutoModelForCausalLM.from_pretrained(whole / "policy", dtype=torch.float32)
     start_model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(whole / "policy")
-    assert tokenizer("7 and 8?")["input_ids"] == list(b"7 and 8?") or tokenizer("7 and 8?")["input_ids"]
+    of_start = AutoTokenizer.from_pretrained(place / "model")
+    assert tokenizer.get_vocab() == of_start.get_vocab()
+    assert tokenizer("7 and 8?")["input_ids"] == of_start("7 and 8?")["input_ids"] != []
     differences = [
         float((new - old).abs().max().detach())
         for new, old in zip(policy.parameters(), start_model.parameters(), strict=True)
@@ -152,13 +160,16 @@ def test_the_exported_policy_is_the_one_that_was_trained(whole: Path, place: Pat
     assert max(differences) > 1e-4
 
 
-def test_the_terminal_shows_the_run_and_nothing_else(place: Path, whole: Path):
+def test_the_terminal_shows_the_run_and_nothing_else(whole_output: str):
+    assert "whole: held-out problems" in whole_output
+    for foreign in ("INFO", "WARNING", "Warning", "vllm", "deepspeed", "ray::", "pid="):
+        assert foreign not in whole_output
+
+
+def test_a_finished_run_has_nothing_to_resume(place: Path, whole: Path):
     status, output = train(place, "--name", "whole", "--resume")
     assert status == 0
     assert "is finished after 6 steps" in output
-    for line in output.splitlines():
-        assert "INFO" not in line
-        assert "Warning" not in line
 
 
 def test_a_finished_run_is_not_overwritten(place: Path, whole: Path):

@@ -9,7 +9,7 @@ import yaml
 
 from common.config import ConfigError, RunConfig, build_config, dump_yaml, load_config, variant
 from common.config.loading import PRESETS, merge, parse_assignment
-from learner.train import derived_sizes, main
+from learner.train import derived_sizes, main, parser, read_config
 from tests.configs import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +141,29 @@ def test_assignments_apply_in_order_and_their_values_are_yaml(tmp_path: Path):
     assert config.rollout.erasure.threshold == float("inf")
     assert config.data.length == 12
     assert config.token_budget is None
+
+
+def test_a_preset_of_the_command_line_wins_over_the_file_and_other_assignments_over_it(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(rollout={**settings()["rollout"], "group_share": {"mode": "adaptive"}})))
+    config = load_config(path, ["learner.advantage.normalise=segment", "preset=grpo"])
+    assert config.rollout.group_share.model_dump() == {"mode": "fixed", "share": 0.0}
+    assert config.learner.advantage.credit.kind == "uniform"
+    assert config.learner.advantage.normalise == "segment"
+
+
+@pytest.mark.parametrize("name", ["2026-01-15", "123", "on", "null"])
+def test_a_name_is_not_read_as_yaml(tmp_path: Path, name: str):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings()))
+    assert read_config(parser().parse_args(["--config", str(path), "--name", name])).name == name
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings()) + "learner: {ranks: 2}\nseed: 1\nlearner: {zero_stage: 1}\n")
+    with pytest.raises(ConfigError, match=r"'learner' stands here a second time\s+in .* line \d+"):
+        load_config(path)
 
 
 def test_changing_the_kind_of_a_part_drops_the_settings_of_the_old_kind(tmp_path: Path):

@@ -170,6 +170,29 @@ def test_evaluations_in_between_change_nothing_of_the_training(tmp_path: Path):
     assert [e.step for e in RunRecord(with_them.directory, 7).evaluations] == [0, 0, 2, 2, 4, 4, 6, 6]
 
 
+def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path: Path):
+    settings = config(tmp_path, evaluation={"problems": 3, "responses_per_problem": 2, "every_steps": 2})
+    # The second half of the evaluation after step 2: two evaluations, two steps and one evaluation come before.
+    stopped = FakeRollouts(after(6, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Interrupted):
+        run(settings, stopped)
+    directory = run(settings, resume=True).directory
+    modes = [(e.step, e.mode) for e in RunRecord(directory, 7).evaluations]
+    assert modes == [(step, mode) for step in (0, 2, 4, 6) for mode in ("plain", "erasable")]
+
+
+def test_what_the_first_evaluation_taught_the_thresholds_outlives_two_stops(tmp_path: Path):
+    settings = config(tmp_path, "stopped")
+    # In the second half of the first evaluation, which is done anew, and then in the first step.
+    for call in (2, 2):
+        stopped = FakeRollouts(after(call, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(Interrupted):
+            run(settings, stopped, resume=(tmp_path / "runs" / "stopped").exists())
+    resumed, whole = run(settings, resume=True), run(config(tmp_path, "whole"))
+    assert len(read_jsonl(resumed.directory.metrics)) == 6
+    assert newest_state(resumed.directory) == newest_state(whole.directory)
+
+
 def test_a_finished_run_can_be_continued_with_more_steps(tmp_path: Path):
     run(config(tmp_path))
     longer = run(config(tmp_path, steps=8), resume=True).directory

@@ -78,6 +78,14 @@ def test_math_answers_are_compared_by_value_not_by_form():
     assert score(MathReward(), given).values == [expected for _, _, expected in pairs]
 
 
+def test_a_reference_that_is_no_mathematics_costs_the_response_its_reward_and_not_the_run(
+    caplog: pytest.LogCaptureFixture,
+):
+    given = [RewardItem("good", "q", r"\boxed{7}", "7"), RewardItem("bad", "q", r"\boxed{7}", r"$ \boxed{} $")]
+    assert score(MathReward(), given).values == [1.0, 0.0]
+    assert "prompt 'bad': math-verify finds no expression in the reference answer" in caplog.text
+
+
 def test_a_users_function_gets_prompt_response_and_answer():
     assert score(user_function("length"), items("abc", "")).values == [0.3, 0.0]
     assert score(user_function("equal"), items("x", "y")).values == [1.0, 0.0]

@@ -108,14 +108,32 @@ def test_resuming_with_another_configuration_lists_the_differences(tmp_path: Pat
     directory = RunDirectory.create(config(tmp_path))
     append_line(directory.metrics, '{"step": 1}')
     directory.close()
-    changed = config(tmp_path, seed=5, steps=9, evaluation={"problems": 3}, checkpoint={"every_steps": 1})
+    free: dict[str, Any] = {
+        "steps": 9,
+        "checkpoint": {"every_steps": 1},
+        "learner": {"step_seconds": 99.0},
+        "sync": {"deadline_seconds": 98.0},
+        "rollout": {"engine": {"response_seconds": 97.0}},
+    }
+    # Accuracy before and after would be of other problems.
+    changed = config(tmp_path, **free, seed=5, evaluation={"problems": 3, "every_steps": 2})
     with pytest.raises(InputError) as caught:
         RunDirectory.resume(changed)
-    assert "seed: 0 in the run, 5 now" in str(caught.value)
-    assert "steps: " not in str(caught.value)
-    assert "problems" not in str(caught.value)
-    RunDirectory.resume(changed.model_copy(update={"seed": 0})).close()
+    differences = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
+    assert differences == ["evaluation.problems: 64 in the run, 3 now", "seed: 0 in the run, 5 now"]
+    RunDirectory.resume(config(tmp_path, **free, evaluation={"every_steps": 2})).close()
     assert load_config(directory.path / "config.yaml").steps == 9
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_lies(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    append_line(directory.metrics, '{"step": 1}')
+    directory.close()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
+    moved = RunDirectory.resume(config(tmp_path / "elsewhere"))
+    moved.close()
+    assert read_jsonl(moved.metrics) == [{"step": 1}]
 
 
 def test_a_run_that_has_measured_nothing_may_be_resumed_with_other_settings(tmp_path: Path):

@@ -1,5 +1,6 @@
 """What is refused before a run begins, and what a run that could not begin leaves behind: nothing."""
 
+import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import pytest
 
 from common.config import ConfigError, RunConfig
+from learner.data import read_rows, rows_digest
+from learner.driver_state import DriverState, save_state
 from learner.errors import InputError
+from learner.run_directory import RunDirectory
 from learner.training_run import compare, train
 from tests.configs import run_config
 
@@ -30,6 +34,42 @@ def test_prompts_that_the_chain_reward_can_not_check_are_refused_before_anything
     data = {"source": "file", "train_path": str(rows), "test_path": str(rows)}
     with pytest.raises(InputError, match=r"reward\.kind 'chain' can't check prompt 'train-1': not a chain prompt"):
         train(config(tmp_path, data=data), resume=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_without_an_answer_are_refused_where_the_reward_compares_answers(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    answers = ["2", r"$\boxed{}$", "", " ", r"\frac{1}{2}"]
+    rows.write_text("".join(json.dumps({"question": "?", "answer": answer}) + "\n" for answer in answers))
+    data = {"source": "file", "train_path": str(rows), "test_path": str(rows)}
+    with pytest.raises(InputError, match=r"6 have none, 'train-1', 'train-2', 'train-3', \.\.\.$"):
+        train(config(tmp_path, data=data, reward={"kind": "math"}), resume=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 2?", "answer": "3"}\n')
+    data = {"source": "file", "train_path": str(rows), "test_path": str(rows), "chat": False}
+    reward = {"kind": "function", "function": "tests.user_rewards:length"}
+    planned = config(tmp_path, data=data, reward=reward)
+    directory = RunDirectory.create(planned)
+    digest = rows_digest([*read_rows(planned, "train"), *read_rows(planned, "test")])
+    directory.checkpoint(1).mkdir()
+    save_state(directory.checkpoint(1), DriverState(step=1, position=2, data=digest))
+    directory.close()
+    # The same data gets past this check, to the model, which is not there.
+    with pytest.raises(InputError, match=r"model\.path"):
+        train(planned, resume=True)
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 3?", "answer": "4"}\n')
+    with pytest.raises(InputError, match=r"the data is not what .* was trained on so far"):
+        train(planned, resume=True)
+    assert directory.checkpoint_steps() == [1]
+
+
+def test_a_comparison_needs_learning_rates_that_do_not_depend_on_the_number_of_steps(tmp_path: Path):
+    with pytest.raises(InputError, match="constant, not cosine"):
+        compare(config(tmp_path, learner={"optimizer": {"schedule": "cosine"}}), resume=False)
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,0 +1,39 @@
+"""Which device each learner rank is given. The ranks themselves run in `tests/integration/test_learner.py`."""
+
+from typing import Any
+
+import pytest
+
+from common.config import RunConfig
+from learner.group import LearnerError, environments, trains_on_gpus
+from learner.rank import Placement
+from tests.configs import run_config
+
+
+def config_for(replicas: int, parallel: int, ranks: int, dtype: str) -> RunConfig:
+    """As many engines of `parallel` GPUs, and as many ranks."""
+    engine: dict[str, Any] = {"replicas": replicas, "tensor_parallel_size": parallel}
+    changes = {"rollout": {"engine": engine}, "learner": {"ranks": ranks}, "model": {"dtype": dtype}}
+    return run_config(**changes)
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, False), (3, False), (7, False), (8, True), (9, True)])
+def test_ranks_get_gpus_beside_those_of_the_replicas(gpus: int, expected: bool) -> None:
+    assert trains_on_gpus(config_for(2, 2, 4, "float32"), gpus) is expected
+
+
+def test_a_model_for_gpus_is_not_trained_on_cpus_of_a_cluster_with_too_few() -> None:
+    config = config_for(2, 2, 4, "bfloat16")
+    with pytest.raises(LearnerError, match=r"has 7 GPUs.*\(2 x 2 \+ 4 = 8\)"):
+        trains_on_gpus(config, 7)
+    assert trains_on_gpus(config, 8)
+
+
+def test_a_rank_that_sees_one_gpu_alone_uses_device_0() -> None:
+    placements = [Placement(node, f"10.0.0.{node}", 4000 + number) for number, node in enumerate("1122")]
+    on_gpus, on_cpus = environments(placements, on_gpus=True), environments(placements, on_gpus=False)
+    assert [environment["LOCAL_RANK"] for environment in on_gpus] == ["0"] * 4
+    assert [environment["LOCAL_RANK"] for environment in on_cpus] == ["0", "1", "0", "1"]
+    for environment in on_gpus:
+        assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4000")
+        assert (environment["WORLD_SIZE"], environment["LOCAL_SIZE"]) == ("4", "2")
