@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from common.config.base import StrictModel
+from common.config.base import StrictModel, Temperature
 from common.config.erasure import ErasurePolicy
 from common.threshold import GroupStatistics, History
 
@@ -171,7 +171,7 @@ class ResponseRequest(StrictModel):
     seed: int | None = None
     prompt_token_ids: list[int] = Field(min_length=1)
     max_tokens: int = Field(ge=1)
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    temperature: Temperature = 1.0
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)

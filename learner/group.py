@@ -243,14 +243,13 @@ def trains_on_gpus(config: RunConfig, gpus: int) -> bool:
 
     Raises LearnerError if they are too few for another one.
     """
-    engine, ranks = config.rollout.engine, config.learner.ranks
-    rollout = engine.replicas * engine.tensor_parallel_size
-    if gpus == 0 or gpus >= rollout + ranks:
+    replicas, ranks = config.rollout.engine.replicas, config.learner.ranks
+    if gpus == 0 or gpus >= replicas + ranks:
         return gpus > 0
     if config.model.dtype != "float32":
         raise LearnerError(
-            f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas x tensor_parallel_size + learner.ranks "
-            f"({engine.replicas} x {engine.tensor_parallel_size} + {ranks} = {rollout + ranks})"
+            f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas + learner.ranks "
+            f"({replicas} + {ranks} = {replicas + ranks})"
         )
     return False
 

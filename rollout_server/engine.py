@@ -22,7 +22,7 @@ from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import WeightUpdate
 from rollout_server.records import Inbox
 from rollout_server.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
-from rollout_server.sentinels import find_sentinels
+from rollout_server.sentinels import NoSentinelsError, find_sentinels
 from rollout_server.vllm_v1 import LOGITS_PROCESSOR
 from rollout_server.weight_transfer import HOST_BACKEND
 from rollout_server.worker_extension import WORKER_EXTENSION
@@ -35,12 +35,20 @@ Priors = dict[str, list[list[float]]]
 """Statistics of earlier groups, by kind of response: mean and second moment of U at each segment index."""
 
 
+ABANDON_SECONDS = 10.0
+"""What a failed sync has to be given up in, beyond its own deadline."""
+
+
 SHUTDOWN_SECONDS = 5.0
 """What vLLM's process has to end by itself before it is killed."""
 
 
 class WeightSyncError(RuntimeError):
     """Weights did not arrive as they were sent, or not in time. The engine serves nothing until a sync succeeds."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine was closed before it admitted a request."""
 
 
 class PromptTooLong(ValueError):
@@ -71,6 +79,7 @@ class ErasableEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._sync_failure: str | None = None
+        self._closed = False
         self.version = 0
 
     @classmethod
@@ -90,6 +99,9 @@ class ErasableEngine:
                 started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
                 # From here on vLLM keeps what it read of the environment, which it would look up for every token.
                 enable_envs_cache()
+                if sentinels := set(started.sentinel_ids) & set(started.eos_token_ids):
+                    await started.close()
+                    raise NoSentinelsError(f"sentinel id {min(sentinels)} ends this model's responses: choose another")
                 await llm.update_weight_version(str(version))
                 started.version = version
         except TimeoutError:
@@ -106,10 +118,13 @@ class ErasableEngine:
         Raises:
             PromptTooLong: with both lengths.
             WeightSyncError: the last sync failed.
+            EngineClosed: by `close`, while the response waited for a sync or a pause to end.
         """
         self._check(request)
         while not self._admitting.is_set():
             await self._admitting.wait()
+        if self._closed:
+            raise EngineClosed("the engine was closed")
         if self._sync_failure is not None:
             raise WeightSyncError(self._sync_failure)
         self._under_way += 1
@@ -193,6 +208,9 @@ class ErasableEngine:
             async with asyncio.timeout(deadline_seconds):
                 self._admitting.clear()
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
+                if self._sync_failure is not None:
+                    # The engine may have been too busy with the failed one to give it up.
+                    await self._llm.collective_rpc("e3rl_abandon_weight_update")
                 await self._llm.start_weight_update()
                 await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
@@ -205,7 +223,11 @@ class ErasableEngine:
                 await self._llm.reset_prefix_cache(reset_running_requests=True)
         except BaseException as error:
             self._sync_failure = f"weight sync of version {update.version} failed: {error!r}"
-            await asyncio.shield(self._abandon_sync())
+            try:
+                await asyncio.shield(self._abandon_sync())
+            except Exception as second:
+                self._sync_failure += f", and could not be given up: {second!r}"
+                raise WeightSyncError(self._sync_failure) from error
             if isinstance(error, TimeoutError):
                 waited = time.monotonic() - started
                 raise WeightSyncError(f"version {update.version} was not loaded within {waited:.1f} s") from error
@@ -220,10 +242,13 @@ class ErasableEngine:
 
     async def _abandon_sync(self) -> None:
         """After a failed sync: requests that wait are answered with the failure, and another sync can start."""
-        async with asyncio.timeout(10.0):
-            await self._llm.collective_rpc("e3rl_abandon_weight_update")
-            await self._llm.pause_generation(mode="abort", clear_cache=True)
-            await self._admit()
+        try:
+            async with asyncio.timeout(ABANDON_SECONDS):
+                await self._llm.collective_rpc("e3rl_abandon_weight_update")
+                await self._llm.pause_generation(mode="abort", clear_cache=True)
+                await self._llm.resume_generation()
+        finally:
+            self._admitting.set()
 
     async def check_health(self) -> None:
         """Raises if the engine is dead."""
@@ -231,6 +256,8 @@ class ErasableEngine:
 
     async def close(self) -> None:
         """Stop vLLM and free what the engine holds. Requests under way fail."""
+        self._closed = True
+        self._admitting.set()
         self._receiver.cancel()
         self._rollback.close()
         await asyncio.gather(self._receiver, return_exceptions=True)
@@ -312,7 +339,7 @@ def prepare_environment(engine: EngineConfig) -> None:
     """Environment that vLLM reads when it is imported or started; what the user has set wins."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.tensor_parallel_size == 1 else "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
     if current_platform.is_cpu():
@@ -342,7 +369,6 @@ def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> Asyn
         dtype=model.dtype,
         max_model_len=model.max_length,
         max_num_seqs=engine.max_concurrent_responses,
-        tensor_parallel_size=engine.tensor_parallel_size,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         num_gpu_blocks_override=engine.num_gpu_blocks_override,
         block_size=engine.block_size,

@@ -20,9 +20,10 @@ def end_with_parent() -> None:
 
     Does nothing in a process that multiprocessing did not start: its parent may be a shell that it should outlive.
     """
-    if multiprocessing.parent_process() is None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
         return
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="e3rl-orphan-watch").start()
+    threading.Thread(target=_watch, args=(parent.pid,), daemon=True, name="e3rl-orphan-watch").start()
 
 
 def _watch(parent: int) -> None:

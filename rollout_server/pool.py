@@ -40,18 +40,15 @@ class RolloutPool:
             ReplicaError: a replica did not start, with its own message, or the cluster has GPUs, but too few.
         """
         self._engine = engine = config.rollout.engine
-        gpus, needed = int(ray.cluster_resources().get("GPU", 0.0)), engine.replicas * engine.tensor_parallel_size
-        if 0 < gpus < needed:
-            raise ReplicaError(
-                f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas x tensor_parallel_size "
-                f"({engine.replicas} x {engine.tensor_parallel_size} = {needed})"
-            )
+        gpus = int(ray.cluster_resources().get("GPU", 0.0))
+        if 0 < gpus < engine.replicas:
+            raise ReplicaError(f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas ({engine.replicas})")
         environment = _actor_environment(engine)
         actor_class = ray.remote(RolloutActor)
         for number in range(engine.replicas):
             actor = actor_class.options(
                 num_cpus=0 if gpus else 1,
-                num_gpus=engine.tensor_parallel_size if gpus else 0,
+                num_gpus=1 if gpus else 0,
                 max_restarts=0,
                 max_task_retries=0,
                 runtime_env={"env_vars": environment},

@@ -34,8 +34,7 @@ class _Followed:
     """A request that the monitor follows.
 
     `output_ids`: vLLM's own running list; `seen`: how many of it were observed. `opened`: the engine step in which
-    it entered the batch. `away`: it left the batch. `ended`: the request is forced to its end; `finished`: the
-    response is too.
+    it entered the batch. `away`: it left the batch. `ended`: the request is forced to its end.
     """
 
     uid: int
@@ -47,17 +46,20 @@ class _Followed:
     seen: int = 0
     away: bool = False
     ended: bool = False
-    finished: bool = False
 
 
 @dataclass(slots=True)
 class _Group:
-    """Responses judged together: row of the statistics, members that have not finished, and where they are folded."""
+    """Responses judged together: row of the statistics, how many there are, and where they are folded.
+
+    `finished`: the last submissions of those that have finished.
+    """
 
     row: int
-    unfinished: int
+    size: int
     prior: int
     decay: float
+    finished: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -137,8 +139,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
         """
         for uid, group in aborted:
             followed = self._followed.get(uid)
-            if followed is None or not followed.finished:
-                self._member_finished(group)
+            self._member_finished(group, uid)
             if followed is not None:
                 self._forget(followed)
 
@@ -207,8 +208,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 continue
             followed.ended = True
             if response_finished:
-                followed.finished = True
-                self._member_finished(followed.group)
+                self._member_finished(followed.group, uid)
             if followed.away:
                 self._depart(followed)
 
@@ -288,12 +288,13 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._groups[submission.group] = group
         return group
 
-    def _member_finished(self, name: str) -> None:
+    def _member_finished(self, name: str, uid: int) -> None:
+        """Count a response by its last submission: one may finish here and be reported as aborted too."""
         group = self._groups.get(name)
         if group is None:
             return
-        group.unfinished -= 1
-        if group.unfinished == 0:
+        group.finished.add(uid)
+        if len(group.finished) == group.size:
             self._monitor.close_group(group.row, group.prior, group.decay)
             self._free_group_rows.append(group.row)
             del self._groups[name]

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 from common.weights import weight_checksum
@@ -63,7 +64,8 @@ class HostWeightTransfer(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
             model: Any = self.model
             model.load_weights(_tensors(update_info.path))
         except BaseException:
-            self._sums.restore()
+            # vLLM counts the update as closed now.
+            self.abandon()
             raise
 
     def finish_weight_update(self) -> None:
@@ -73,6 +75,20 @@ class HostWeightTransfer(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
             self._sums.restore()
         _repack_tied_head(self.model)
         self.checksum = self._sums.checksum(self.model)
+
+    def abandon(self) -> None:
+        """After `start_weight_update`, and maybe `receive_weights`: the update will not be finished.
+
+        Layers that have all their new weights keep them, the others get their old ones back.
+        """
+        try:
+            for layer in self.model.modules():
+                info = get_layerwise_info(layer)
+                info.load_numel = 0
+                info.loaded_weights.clear()
+            finalize_layerwise_reload(self.model, self.model_config)
+        finally:
+            self._sums.restore()
 
     def shutdown(self) -> None:
         pass

@@ -38,10 +38,12 @@ class WorkerExtension:
         return engine.checksum
 
     def e3rl_abandon_weight_update(self) -> None:
-        """Close an update that failed half-way, so that the next one can start."""
+        """Close an update that was not finished, if there is one, so that the next one can start."""
         if self._weight_update_active:
             self._weight_update_active = False
-            self.weight_transfer_engine.reset_weight_update_target()
+            engine: HostWeightTransfer = self.weight_transfer_engine
+            engine.abandon()
+            engine.reset_weight_update_target()
 
     def _e3rl_processor(self) -> SegmentMonitorProcessor:
         for processor in self.model_runner.input_batch.logitsprocs.all:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.config.base import StrictModel
+from common.config.base import StrictModel, Temperature
 
 
 class ChainData(StrictModel):
@@ -127,7 +127,7 @@ class TemperatureTreatment(StrictModel):
     """The control: the treated share is sampled at another temperature, and nothing is erased."""
 
     kind: Literal["temperature"] = "temperature"
-    temperature: float = Field(default=0.5, gt=0.0, le=2.0)
+    temperature: Temperature = Field(default=0.5, gt=0.0)
 
 
 Treatment = Annotated[ErasureTreatment | TemperatureTreatment, Field(discriminator="kind")]

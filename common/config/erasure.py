@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.config.base import StrictModel
+from common.config.base import StrictModel, Temperature
 
 
 class FixedSegmentation(StrictModel):
@@ -75,8 +75,8 @@ class ErasurePolicy(StrictModel):
     regeneration_budget: float = Field(
         default=1.0, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
     )
-    retry_temperature: float | None = Field(
-        default=None, gt=0.0, le=2.0, description="Temperature of regenerated segments; null: the request's."
+    retry_temperature: Temperature | None = Field(
+        default=None, gt=0.0, description="Temperature of regenerated segments; null: the request's."
     )
     threshold: float | None = Field(default=None, ge=0.0)
     prior_strength: float = Field(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.config.base import StrictModel
+from common.config.base import StrictModel, Temperature
 from common.config.data import (
     ChainData,
     ChainReward,
@@ -38,11 +38,10 @@ class ModelConfig(StrictModel):
 
 
 class EngineConfig(StrictModel):
-    """One vLLM replica. `kv_cache_gib` is used on CPU, `gpu_memory_utilization` on GPUs."""
+    """One vLLM replica, on one GPU or on CPUs. `kv_cache_gib` is used on CPU, `gpu_memory_utilization` on GPUs."""
 
     replicas: int = Field(default=1, ge=1, le=1024)
     max_concurrent_responses: int = Field(default=64, ge=1, le=8192)
-    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     threads: int | None = Field(default=None, ge=1, description="CPU threads of a replica; null: all cores.")
     kv_cache_gib: int = Field(default=1, ge=1)
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
@@ -61,7 +60,7 @@ class RolloutConfig(StrictModel):
     responses_per_group: int = Field(default=8, ge=2)
     max_prompt_tokens: int = Field(ge=1)
     max_response_tokens: int = Field(ge=1)
-    temperature: float = Field(default=1.0, gt=0.0, le=2.0)
+    temperature: Temperature = Field(default=1.0, gt=0.0)
     group_share: GroupShare = ShareAdaptive()
     treatment: Treatment = ErasureTreatment()
     erasure: ErasurePolicy = ErasurePolicy()

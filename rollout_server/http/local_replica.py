@@ -8,7 +8,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
-from rollout_server.engine import ErasableEngine, WeightSyncError
+from rollout_server.engine import EngineClosed, ErasableEngine, WeightSyncError
 from rollout_server.http.replicas import EngineFacts, GenerationAborted, NoWeights, ReplicaLost
 from rollout_server.rollback import Listener, RecordLost
 
@@ -35,6 +35,8 @@ class LocalReplica:
             return await engine.generate(request, listener)
         except EngineDeadError as error:
             raise ReplicaLost("the engine died") from error
+        except EngineClosed as error:
+            raise ReplicaLost(str(error)) from error
         except RecordLost as error:
             if engine is self._engine:
                 raise

@@ -150,7 +150,7 @@ class RayReplica:
         variables = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "VLLM_LOGGING_LEVEL", "TOKENIZERS_PARALLELISM")
         self._actor = ReplicaActor.options(  # type: ignore[attr-defined]
             num_cpus=0 if on_gpu else 1,
-            num_gpus=self._engine.tensor_parallel_size if on_gpu else 0,
+            num_gpus=1 if on_gpu else 0,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=10_000,

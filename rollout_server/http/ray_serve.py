@@ -129,7 +129,7 @@ def _deploy(settings: ServerSettings) -> Any:
     resources: dict[str, Any] = {"num_cpus": 1}
     if settings.replicas == 1 and ray.cluster_resources().get("GPU"):
         # The engine is in this process, and Ray hides the GPUs that a process has not asked for.
-        resources["num_gpus"] = settings.tensor_parallel_size
+        resources["num_gpus"] = 1
     options: dict[str, Any] = {
         "graceful_shutdown_timeout_s": settings.shutdown_seconds + LAST_WORDS_SECONDS,
         "graceful_shutdown_wait_loop_s": POLL_SECONDS,

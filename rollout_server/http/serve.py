@@ -52,7 +52,6 @@ def configs(settings: ServerSettings, model: dict[str, Any]) -> tuple[ModelConfi
         EngineConfig(
             replicas=settings.replicas,
             max_concurrent_responses=settings.max_concurrent_responses,
-            tensor_parallel_size=settings.tensor_parallel_size,
             kv_cache_gib=settings.kv_cache_gib,
             num_gpu_blocks_override=settings.num_gpu_blocks_override,
             gpu_memory_utilization=settings.gpu_memory_utilization,

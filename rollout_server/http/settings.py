@@ -86,7 +86,6 @@ class ServerSettings(BaseSettings):
     serve: bool = _replicas(False, "Run as a Ray Serve deployment on the connected cluster.")
     ray_address: str | None = _replicas(None, "Ray cluster to connect to (default: RAY_ADDRESS, else a local one).")
     max_concurrent_responses: int = _replicas(64, "Responses that one replica generates at a time.", ge=1, le=8192)
-    tensor_parallel_size: int = _replicas(1, "GPUs of one replica.", ge=1, le=64)
     kv_cache_gib: int = _replicas(1, "KV cache of a replica on CPU.", ge=1, le=4096)
     num_gpu_blocks_override: int | None = _replicas(
         None, "KV blocks of a replica, in place of what its memory would hold (vLLM's setting).", ge=2, le=1_000_000_000

@@ -3,16 +3,18 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common.config import ErasurePolicy, FixedSegmentation
+from common.config import EngineConfig, ErasurePolicy, FixedSegmentation, ModelConfig
 from common.trajectory import Trajectory
 from common.weights import WeightUpdate, weight_checksum
-from rollout_server.engine import WeightSyncError
+from rollout_server import engine as engine_module
+from rollout_server.engine import EngineClosed, ErasableEngine, WeightSyncError
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
 from tests.models import tiny_llama, tiny_qwen3
 
@@ -143,3 +145,55 @@ def test_a_failed_sync_serves_nothing_until_one_succeeds(synced: Synced, tmp_pat
         engine.generate(requests()[:1])
     engine.run(engine.engine.sync(good, DEADLINE))
     assert_log_probs(engine.generate(requests()), ReferenceModel(synced.checkpoints[2]))
+
+
+@pytest.mark.parametrize("given_up", [True, False], ids=["given up", "too busy to give it up"])
+def test_a_sync_whose_deadline_ends_while_it_loads_is_no_hindrance_to_the_next(
+    synced: Synced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    engine = synced.engine
+    late, good = (update_from(synced.checkpoints[n], 10 + n, tmp_path) for n in (1, 2))
+    load, call = engine.engine.llm.update_weights, engine.engine.llm.collective_rpc
+
+    async def load_and_hang(request: Any) -> None:
+        await load(request)
+        await asyncio.sleep(DEADLINE)
+
+    async def hang(method: str, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(DEADLINE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine.llm, "update_weights", load_and_hang)
+        if not given_up:
+            patch.setattr(engine_module, "ABANDON_SECONDS", 0.2)
+            patch.setattr(engine.engine.llm, "collective_rpc", hang)
+        with pytest.raises(WeightSyncError, match="version 11"):
+            engine.run(engine.engine.sync(late, 3.0))
+        with pytest.raises(WeightSyncError, match="version 11"):
+            engine.generate(requests()[:1])
+    assert engine.engine.llm.collective_rpc == call
+    engine.run(engine.engine.sync(good, DEADLINE))
+    assert_log_probs(engine.generate(requests()), ReferenceModel(synced.checkpoints[2]))
+
+
+def test_a_file_that_ends_half_way_is_no_hindrance_to_the_next(synced: Synced, tmp_path: Path) -> None:
+    engine = synced.engine
+    good = update_from(synced.checkpoints[3], 14, tmp_path)
+    tensors = load_file(good.path)
+    shrunk = sorted(tensors)[-1]
+    save_file({**tensors, shrunk: tensors[shrunk][:1].clone()}, tmp_path / "shrunk.safetensors")
+    with pytest.raises(WeightSyncError):
+        engine.run(engine.engine.sync(good.model_copy(update={"path": str(tmp_path / "shrunk.safetensors")}), DEADLINE))
+    engine.run(engine.engine.sync(good, DEADLINE))
+    assert_log_probs(engine.generate(requests()), ReferenceModel(synced.checkpoints[3]))
+
+
+async def test_a_response_that_waits_for_a_pause_to_end_is_told_of_the_engines_end(tmp_path: Path) -> None:
+    model = ModelConfig(path=str(tiny_llama(tmp_path / "model")), max_length=256)
+    engine = await ErasableEngine.start(model, EngineConfig(max_concurrent_responses=16))
+    await engine.pause()
+    waiting = asyncio.create_task(engine.generate(requests()[0]))
+    await asyncio.sleep(0.1)
+    await engine.close()
+    with pytest.raises(EngineClosed):
+        await asyncio.wait_for(waiting, DEADLINE)

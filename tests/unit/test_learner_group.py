@@ -10,21 +10,21 @@ from learner.rank import Placement
 from tests.configs import run_config
 
 
-def config_for(replicas: int, parallel: int, ranks: int, dtype: str) -> RunConfig:
-    """As many engines of `parallel` GPUs, and as many ranks."""
-    engine: dict[str, Any] = {"replicas": replicas, "tensor_parallel_size": parallel}
-    changes = {"rollout": {"engine": engine}, "learner": {"ranks": ranks}, "model": {"dtype": dtype}}
+def config_for(replicas: int, ranks: int, dtype: str) -> RunConfig:
+    """As many engines, and as many ranks."""
+    rollout: dict[str, Any] = {"engine": {"replicas": replicas}}
+    changes = {"rollout": rollout, "learner": {"ranks": ranks}, "model": {"dtype": dtype}}
     return run_config(**changes)
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, False), (3, False), (7, False), (8, True), (9, True)])
 def test_ranks_get_gpus_beside_those_of_the_replicas(gpus: int, expected: bool) -> None:
-    assert trains_on_gpus(config_for(2, 2, 4, "float32"), gpus) is expected
+    assert trains_on_gpus(config_for(4, 4, "float32"), gpus) is expected
 
 
 def test_a_model_for_gpus_is_not_trained_on_cpus_of_a_cluster_with_too_few() -> None:
-    config = config_for(2, 2, 4, "bfloat16")
-    with pytest.raises(LearnerError, match=r"has 7 GPUs.*\(2 x 2 \+ 4 = 8\)"):
+    config = config_for(4, 4, "bfloat16")
+    with pytest.raises(LearnerError, match=r"has 7 GPUs.*\(4 \+ 4 = 8\)"):
         trains_on_gpus(config, 7)
     assert trains_on_gpus(config, 8)
 

@@ -271,18 +271,30 @@ def test_capacity_grows_without_losing_state(stream: tuple[torch.Tensor, torch.T
     torch.testing.assert_close(judged[0], judged[1], rtol=0, atol=0)
 
 
-def test_the_verdict_equals_the_reference_at_every_limit(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_the_verdict_equals_the_reference_at_every_limit(
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     logits, tokens = stream
-    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), kappa=0.0, gamma=0.3, max_erasures=2)
+    # Attempts after the first count in the statistics here, so that there is a threshold for them.
+    policy = ErasurePolicy(
+        segmentation=FixedSegmentation(length=6), kappa=0.0, gamma=0.05, max_erasures=2, observe="all"
+    )
+    erased: dict[tuple[int, int], int] = {}
     for attempt in range(4):
         for erased_tokens in (0, 6, 12):
-            monitor = monitor_for(policy, 6, limit=24, attempt=attempt, erased_tokens=erased_tokens, erased_limit=16)
-            (_, judged), *_ = feed(monitor, logits[:6], tokens[:6])
+            changes = {"attempt": attempt, "erased_tokens": erased_tokens, "erased_limit": 16}
+            monitor = monitor_for(policy, 6, on_host=on_host, limit=24, **changes)
+            *_, (_, judged) = feed(monitor, logits[:6], tokens[:6])
             for _, fields in rows(judged):
                 statistics = GroupStatistics(*fields[Field.COUNT : Field.PRIOR_VARIANCE + 1])
                 threshold = adaptive_threshold(policy, statistics, History(), attempt).threshold
                 expected = is_erased(policy, fields[Field.UNCERTAINTY], threshold, attempt, erased_tokens, 6, 16)
                 assert bool(fields[Field.ERASED]) == expected
+                erased[attempt, erased_tokens] = erased.get((attempt, erased_tokens), 0) + expected
+    assert all(0 < erased[attempt, tokens] < 6 for attempt in (0, 1) for tokens in (0, 6)), erased
+    assert not any(erased[attempt, 12] for attempt in range(4)), "the budget"
+    assert not any(erased[attempt, tokens] for attempt in (2, 3) for tokens in (0, 6)), "max_erasures"
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])

@@ -48,20 +48,20 @@ def processor(address: str) -> SegmentMonitorProcessor:
     return SegmentMonitorProcessor(config, torch.device("cpu"), is_pin_memory=False)
 
 
-def params(uid: int) -> SamplingParams:
-    """Of a response of one segment of two tokens."""
+def params(uid: int, group: str = "", group_size: int = 1, limit: int = 2) -> SamplingParams:
+    """Of a response of at most `limit` tokens in segments of two; a group of its own if none is named."""
     submission = Submission(
         uid=uid,
-        group=str(uid),
-        group_size=1,
+        group=group or str(uid),
+        group_size=group_size,
         policy=POLICY,
         erasable=True,
         position=0,
         segment=0,
         attempt=0,
         erased_tokens=0,
-        limit=2,
-        erased_limit=2,
+        limit=limit,
+        erased_limit=limit,
         temperature=1.0,
         engine_temperature=1.0,
         history=(0.0, 0.0, 0.0),
@@ -93,6 +93,37 @@ def test_a_request_whose_end_is_reported_after_it_left_gives_its_slot_back() -> 
     inbox.close()
     assert counters["following"] == 0
     assert counters["slots"] <= 2 * DEPARTED_KEPT + 2
+
+
+def step(followed: SegmentMonitorProcessor, *rows: list[int]) -> None:
+    """Sample a token for each row, the sentinel where it is forced."""
+    logits = torch.zeros(len(rows), VOCABULARY)
+    followed.apply(logits)
+    for output_ids, row in zip(rows, logits, strict=True):
+        output_ids.append(int(row.argmax()) if row.isfinite().sum() == 1 else 7)
+
+
+def test_a_response_that_ended_as_its_caller_left_is_counted_once() -> None:
+    inbox = Inbox()
+    followed = processor(inbox.address)
+    short, long = [], []
+    rows = [(0, params(1, "both", 2), None, short), (1, params(2, "both", 2, 200), None, long)]
+    followed.update_state(BatchUpdate(2, removed=[], added=rows, moved=[]))
+    for _ in range(3):
+        step(followed, short, long)
+    # Others come and go until what was known of the first is forgotten.
+    for uid in range(10, 11 + DEPARTED_KEPT):
+        other: list[int] = []
+        followed.update_state(BatchUpdate(2, removed=[], added=[(0, params(uid), None, other)], moved=[]))
+        for _ in range(3):
+            step(followed, other, long)
+    followed.release([(1, "both")])
+    assert followed.counters()["following"] == 2, "the long response and its group"
+    followed.release([(2, "both")])
+    followed.update_state(BatchUpdate(0, removed=[0, 1], added=[], moved=[]))
+    followed._outbox.close()
+    inbox.close()
+    assert followed.counters()["following"] == 0
 
 
 def test_an_installation_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> None:
