@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates .venv from the target's lock file, or completes one that was interrupted. `make setup` calls it.
-#   TARGET=cpu|gpu   default: gpu where nvidia-smi is installed, else cpu
+#   TARGET=cpu|gpu   default: that of the .venv that is there, else gpu where nvidia-smi is installed, else cpu
 #   PYTHON=...       default: the first of python3.12, python3.11, python3 that runs and is 3.11 or 3.12
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,8 +14,13 @@ log=$venv/setup.log
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$@" >&2; exit 1; }
 
+[[ $(uname -sm) == "Linux x86_64" ]] || fail "the lock files are for Linux on x86_64, and this is $(uname -sm)"
+
+# An environment that is there is kept as it is: only a TARGET that was given makes it anew.
 target=${TARGET:-}
-if [[ -z $target ]]; then
+if [[ -z $target && -s $venv/.e3rl-target ]]; then
+    target=$(<"$venv/.e3rl-target")
+elif [[ -z $target ]]; then
     if command -v nvidia-smi >/dev/null; then target=gpu; else target=cpu; fi
 fi
 lock=deploy/locks/$target.txt

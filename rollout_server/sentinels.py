@@ -30,7 +30,7 @@ def find_sentinels(vocabulary_size: int, tokenizer: Any, chosen: tuple[int, int]
     raise NoSentinelsError(
         f"erasure needs two token ids that the tokenizer never produces, but the model has {vocabulary_size} "
         f"embedding rows for a tokenizer of {length} tokens and {len(reserved)} reserved special tokens; "
-        "name two unused ids in model.sentinel_ids"
+        "name two unused ids in model.sentinel_ids, or with --sentinel-ids of the server"
     )
 
 

@@ -1,14 +1,13 @@
 """Flags of `python -m rollout_server`, made from the settings. Imports nothing heavy, so that `--help` is fast."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from common.config.erasure import ErasurePolicy
+from common.config.loading import ConfigError
 from rollout_server.http.settings import ENVIRONMENT_PREFIX, ServerSettings, load_settings
 
 DESCRIPTION = """Serve erasable generation over HTTP, compatible with OpenAI's API.
@@ -42,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         elif name == "api_key":
             options |= {"action": "append", "metavar": "KEY"}
         elif field.annotation is ErasurePolicy:
-            options |= {"type": _json, "metavar": "JSON"}
+            options["metavar"] = "JSON"
         else:
             options["metavar"] = _metavar(name, field.annotation)
         if field.annotation is not ErasurePolicy and field.default not in (None, ()) and not field.is_required():
@@ -61,13 +60,6 @@ def _metavar(name: str, annotation: Any) -> str:
     return "N" if int in kinds else name.rpartition("_")[2].upper()
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from error
-
-
 def read_settings(arguments: list[str] | None = None) -> ServerSettings:
     """The settings that a command line, the environment and a file give.
 
@@ -81,10 +73,8 @@ def read_settings(arguments: list[str] | None = None) -> ServerSettings:
         return load_settings(flags, config)
     except ValidationError as error:
         raise UsageError(_describe(error)) from error
-    except OSError as error:
-        raise UsageError(f"--config {config}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise UsageError(f"--config {config}: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise UsageError(f"--config {' '.join(str(error).split())}") from error
 
 
 def _describe(error: ValidationError) -> str:

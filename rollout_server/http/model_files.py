@@ -38,7 +38,7 @@ def read_model(settings: ServerSettings) -> tuple[dict[str, Any], Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    source = str(Path(settings.model).expanduser()) if Path(settings.model).expanduser().is_dir() else settings.model
+    source = settings.model
     try:
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

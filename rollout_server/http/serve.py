@@ -48,6 +48,7 @@ def configs(settings: ServerSettings, model: dict[str, Any]) -> tuple[ModelConfi
             dtype=dtype,
             max_length=model["max_length"],
             trust_remote_code=settings.trust_remote_code,
+            sentinel_ids=settings.sentinel_ids,
         ),
         EngineConfig(
             replicas=settings.replicas,

@@ -1,5 +1,6 @@
 """Settings of the server: flags over `E3RL_` environment variables over a YAML file over these defaults."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,24 +8,37 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 from common.config.erasure import ErasurePolicy
+from common.config.loading import read_yaml
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ENVIRONMENT_PREFIX = "E3RL_"
 
 
 def _split(value: Any) -> Any:
-    """Several keys in one environment variable are separated by commas or white space."""
+    """Several values in one environment variable or flag are separated by commas or white space."""
     return [part for part in re.split(r"[,\s]+", value) if part] if isinstance(value, str) else value
 
 
+def _decode(value: Any) -> Any:
+    """An environment variable or a flag holds JSON, a file a mapping."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+
+
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+TokenIds = Annotated[tuple[int, int] | None, NoDecode, BeforeValidator(_split)]
+Policy = Annotated[ErasurePolicy, NoDecode, BeforeValidator(_decode)]
 
 
 class _Group:
@@ -66,6 +80,9 @@ class ServerSettings(BaseSettings):
         "auto", "auto: a request without temperature, top_p, top_k or min_p takes the model's own defaults."
     )
     trust_remote_code: bool = _model(False, "Run code that comes with the model.")
+    sentinel_ids: TokenIds = _model(
+        None, "Two token ids A,B that the tokenizer never produces (default: found in the model)."
+    )
 
     host: str = _listeners("127.0.0.1", "Address of the public listener.")
     port: int = _listeners(8000, "Port of the public listener; 0: any free one.", ge=0, le=65535)
@@ -77,7 +94,7 @@ class ServerSettings(BaseSettings):
         "environment, where other users do not see it.",
     )
 
-    erasure: ErasurePolicy = _erasure(
+    erasure: Policy = _erasure(
         ErasurePolicy(), "Policy for requests without an `erasure` object, and what such objects leave out. JSON."
     )
     erasure_enabled: bool = _erasure(True, "Whether requests without an `erasure` object are generated with erasure.")
@@ -114,6 +131,13 @@ class ServerSettings(BaseSettings):
         None, "OpenTelemetry collector (OTLP over HTTP) that traces go to, e.g. http://localhost:4318/v1/traces."
     )
 
+    @field_validator("model")
+    @classmethod
+    def _directories_are_absolute(cls, model: str) -> str:
+        """A process of Ray works in another directory."""
+        path = Path(model).expanduser()
+        return str(path.absolute()) if path.is_dir() else model
+
     @field_validator("api_key")
     @classmethod
     def _keys_are_long(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
@@ -131,6 +155,12 @@ class ServerSettings(BaseSettings):
                     f"{flag} {host} is reachable from other machines: set an API key (E3RL_API_KEY or --api-key), "
                     "or bind to 127.0.0.1"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ray_is_used(self) -> "ServerSettings":
+        if self.ray_address is not None and self.replicas == 1 and not self.serve:
+            raise ValueError("--ray-address is for --serve or several --replicas: a single replica runs without Ray")
         return self
 
     @model_validator(mode="after")
@@ -153,7 +183,7 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings
 
 
 def load_settings(flags: dict[str, Any], config: Path | None) -> ServerSettings:
@@ -161,14 +191,18 @@ def load_settings(flags: dict[str, Any], config: Path | None) -> ServerSettings:
 
     Raises:
         pydantic.ValidationError: a value is wrong or a key unknown.
-        OSError, yaml.YAMLError: the file cannot be read.
+        ConfigError: the file cannot be read.
     """
     if config is None:
         return ServerSettings(**flags)
+    values = {str(key): value for key, value in read_yaml(config).items()}
 
-    class FromFile(ServerSettings):
-        model_config = SettingsConfigDict(yaml_file=config)
+    class WithFile(ServerSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            above = super().settings_customise_sources(settings_cls, *sources, **named)
+            return *above, InitSettingsSource(settings_cls, init_kwargs=values)
 
-    with config.open("rb"):
-        pass
-    return FromFile(**flags)
+    return WithFile(**flags)

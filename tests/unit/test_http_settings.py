@@ -44,7 +44,10 @@ def test_keys_are_given_several_times_or_separated(monkeypatch: pytest.MonkeyPat
         (["--model", "m", "--port", "8001"], "need one each"),
         (["--model", "m", "--api-key", "short"], "at least 8"),
         (["--model", "m", "--erasure", '{"kapa": 1}'], "erasure.kapa"),
+        (["--model", "m", "--erasure", "kappa=1"], "--erasure: not valid JSON"),
         (["--model", "m", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model", "m", "--ray-address", "auto"], "runs without Ray"),
+        (["--model", "m", "--sentinel-ids", "3"], "--sentinel-ids"),
     ],
 )
 def test_what_cannot_work_is_one_line(flags: list[str], text: str) -> None:
@@ -53,6 +56,45 @@ def test_what_cannot_work_is_one_line(flags: list[str], text: str) -> None:
     assert text in str(error.value)
     assert "\n" not in str(error.value)
     assert "short" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("1: 3\n", "unknown setting '1'"),
+        ("- port\n", "expected a mapping, found list"),
+        ("port: 1\nport: 2\n", "'port' stands here a second time"),
+        ("port: {\n", "not valid YAML"),
+        ("erasure: {kapa: 1}\n", "erasure.kapa"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, content: str, text: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    with pytest.raises(UsageError) as error:
+        read_settings(["--model", "m", "--config", str(file)])
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_values_of_several_parts_are_read_alike_from_flags_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_flags = read_settings(["--model", "m", "--erasure", '{"kappa": 0.5}', "--sentinel-ids", "7,8"])
+    monkeypatch.setenv("E3RL_ERASURE", '{"kappa": 0.5}')
+    monkeypatch.setenv("E3RL_SENTINEL_IDS", "7 8")
+    assert read_settings(["--model", "m"]) == by_flags
+    assert (by_flags.erasure.kappa, by_flags.sentinel_ids) == (0.5, (7, 8))
+    monkeypatch.setenv("E3RL_ERASURE", "x")
+    with pytest.raises(UsageError, match="erasure: not valid JSON"):
+        read_settings(["--model", "m"])
+
+
+def test_a_model_directory_is_absolute_and_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings(["--model", "models/mine"])
+    assert (settings.model, settings.name) == (str(tmp_path / "models" / "mine"), "mine")
 
 
 def test_help_has_every_setting_in_a_group(capsys: pytest.CaptureFixture[str]) -> None:
