@@ -66,9 +66,12 @@ def history_modulation(history: History, eta: float) -> float:
 
 
 def extended_history(history: History, uncertainty: float, statistics: GroupStatistics) -> History:
-    """A trajectory's history after it accepted a segment that was judged by `statistics`."""
+    """A trajectory's history after it accepted a segment that was judged by `statistics`.
+
+    An `uncertainty` that is no number, which weights that overflowed give, is left out, as it is of the statistics.
+    """
     moments = shrunk_moments(statistics)
-    if moments is None:
+    if moments is None or not math.isfinite(uncertainty):
         return history
     return History(history.uncertainty + uncertainty, history.mean + moments[0], history.deviation + moments[1])
 

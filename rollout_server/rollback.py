@@ -6,6 +6,7 @@ at most the part of one block. An implementation inside the engine would replace
 
 import asyncio
 import itertools
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -362,7 +363,7 @@ def top_logprobs(output: RequestOutput, tokens: int) -> TopLogprobs | None:
 
 
 def _finite(value: float) -> float | None:
-    return None if value == float("inf") else value
+    return value if math.isfinite(value) else None
 
 
 def _attempt(record: JudgementRecord, token_ids: list[int], versions: list[VersionSpan]) -> Attempt:

@@ -171,7 +171,7 @@ class StubServer:
         self.settings = ServerSettings(**{"model": "stub", "replicas": len(replicas), **settings})
         self.service = Service(self.settings, self.replicas, replicas[0].tokenizer, tracing)
         self.app = public_app(self.service)
-        self.admin_app = admin_app(self.service, WeightLoader(self.service, {}, torch.float32))
+        self.admin_app = admin_app(self.service, WeightLoader(self.service, {}, "a name on the hub", torch.float32))
 
     async def __aenter__(self) -> "StubServer":
         await self.replicas.start()

@@ -43,6 +43,10 @@ class DelimiterSegmentation(StrictModel):
 Segmentation = Annotated[FixedSegmentation | DelimiterSegmentation, Field(discriminator="mode")]
 
 
+LARGEST_EXPONENT = 700.0
+"""exp of more than 709 overflows float64."""
+
+
 class SignalWeights(StrictModel):
     """Weights of the three parts of a segment's uncertainty, in the sum U."""
 
@@ -84,6 +88,15 @@ class ErasurePolicy(StrictModel):
     )
     prior_decay: float = Field(default=0.9, ge=0.0, lt=1.0, description="How much of the prior a new group keeps.")
     observe: Literal["first", "all"] = "first"
+
+    @model_validator(mode="after")
+    def _penalty_is_finite(self) -> "ErasurePolicy":
+        if self.gamma * self.max_erasures > LARGEST_EXPONENT:
+            raise ValueError(
+                f"gamma x max_erasures ({self.gamma:g} x {self.max_erasures}) exceeds {LARGEST_EXPONENT:g}: the "
+                "penalty exp(gamma x erasures) would overflow"
+            )
+        return self
 
     def erased_token_limit(self, max_response_tokens: int) -> int:
         """Tokens that one response may have erased in all, given its token limit."""

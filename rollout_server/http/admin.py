@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 
 from common.weights import WeightUpdate
 from rollout_server.http.base_app import base_app
-from rollout_server.http.checkpoints import prepare_update
+from rollout_server.http.checkpoints import Shapes, prepare_update, tensor_shapes
 from rollout_server.http.errors import ApiError
 from rollout_server.http.openapi import errors, read_body, takes
 from rollout_server.http.replicas import Member
@@ -18,6 +18,7 @@ from rollout_server.http.schema.service import (
     PauseRequest,
     PauseState,
     ReplicaWeights,
+    ResumeRequest,
     Synced,
     SyncRequest,
     Weights,
@@ -26,11 +27,16 @@ from rollout_server.http.service import Service
 
 
 class WeightLoader:
-    """Loads checkpoints into all replicas, one at a time. `config`: the served model's; `dtype`: what engines hold."""
+    """Loads checkpoints into all replicas, one at a time.
 
-    def __init__(self, service: Service, config: dict[str, object], dtype: torch.dtype) -> None:
+    `config`: the served model's, and `source` where it lies, a directory or a name on the hub; `dtype`: what engines
+    hold.
+    """
+
+    def __init__(self, service: Service, config: dict[str, object], source: str, dtype: torch.dtype) -> None:
         self._service = service
         self._config = config
+        self._shapes = _shapes(source, config)
         self._dtype = dtype
         self._written: Path | None = None
 
@@ -45,7 +51,7 @@ class WeightLoader:
             if version is None:
                 version = max(member.version for member in replicas.members) + 1
             update, written = await asyncio.to_thread(
-                prepare_update, Path(request.path).expanduser(), self._config, self._dtype, version
+                prepare_update, request.path, self._config, self._shapes, self._dtype, version
             )
             return update
 
@@ -111,7 +117,8 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
         return PauseState(paused=True, mode=body.mode)
 
     @app.post("/resume", responses=errors(503, 504), summary="Go on after a pause")
-    async def resume() -> PauseState:
+    async def resume(request: Request) -> PauseState:
+        await read_body(request, ResumeRequest)
         try:
             await service.replicas.resume()
         except TimeoutError:
@@ -119,6 +126,13 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
         return PauseState(paused=False, mode=None)
 
     return app
+
+
+def _shapes(source: str, config: dict[str, object]) -> Shapes | None:
+    """Of a served model in a directory of safetensors files; the engine checks checkpoints of others."""
+    if not any(Path(source).glob("*.safetensors")):
+        return None
+    return tensor_shapes(Path(source), config)
 
 
 def _weights(member: Member) -> ReplicaWeights:

@@ -94,8 +94,9 @@ class GenerationAnswer(Response):
                 await self._stream(generation, send)
             else:
                 await generation.finish()
-                await self._start(send, "application/json")
+                # First: what fails here must still be answered with an error.
                 body = self._encoder.whole(generation.choices)
+                await self._start(send, "application/json")
                 await send({"type": "http.response.body", "body": body})
         finally:
             service.admission.release(places)

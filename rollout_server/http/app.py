@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,7 +15,7 @@ from rollout_server.http.base_app import base_app
 from rollout_server.http.choice import ChoiceOptions
 from rollout_server.http.encoders import NDJSON, SSE, ChatEncoder, CompletionEncoder, RolloutEncoder
 from rollout_server.http.errors import bad_request, unavailable
-from rollout_server.http.middleware import REQUEST_ID, SPAN, STARTED, header
+from rollout_server.http.middleware import REQUEST_ID, SPAN, STARTED, USER, header
 from rollout_server.http.openapi import errors, read_body, streamed, takes
 from rollout_server.http.prompts import chat_prompt, check_token_ids, completion_prompts
 from rollout_server.http.schema.chat import ChatChunk, ChatCompletion, ChatRequest
@@ -131,7 +132,8 @@ async def _complete(service: Service, request: Request, body: CompletionRequest)
     service.check_model(body.model)
     facts = service.facts
     prompts = await completion_prompts(service.tokenizer, body.prompt, facts.vocabulary)
-    return _answer(service, request, body, prompts, body.max_tokens, DEFAULT_MAX_TOKENS, body.logprobs)
+    lengths = _Lengths(body.max_tokens, DEFAULT_MAX_TOKENS, "prompt", "max_tokens")
+    return _answer(service, request, body, prompts, lengths, body.logprobs)
 
 
 async def _chat(service: Service, request: Request, body: ChatRequest) -> Response:
@@ -139,7 +141,19 @@ async def _chat(service: Service, request: Request, body: ChatRequest) -> Respon
     prompt = await chat_prompt(service.tokenizer, body.messages)
     check_token_ids(prompt, service.facts.vocabulary, "messages")
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _answer(service, request, body, [prompt], body.max_completion_tokens or body.max_tokens, None, top_logprobs)
+    name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    lengths = _Lengths(body.max_completion_tokens or body.max_tokens, None, "messages", name)
+    return _answer(service, request, body, [prompt], lengths, top_logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """What a request says of its response's length, and the names of its parameters in errors."""
+
+    max_tokens: int | None
+    default: int | None
+    prompt_name: str
+    max_tokens_name: str
 
 
 def _answer(
@@ -147,8 +161,7 @@ def _answer(
     request: Request,
     body: SamplingRequest,
     prompts: list[list[int]],
-    max_tokens: int | None,
-    default_tokens: int | None,
+    lengths: _Lengths,
     top_logprobs: int | None,
 ) -> GenerationAnswer:
     """The answer to a completion or chat completion."""
@@ -167,7 +180,9 @@ def _answer(
     sentinels = 0 if policy is None else 1
     groups = []
     for number, prompt in enumerate(prompts):
-        length = service.response_length(len(prompt), max_tokens, default_tokens, sentinels)
+        where = lengths.prompt_name if len(prompts) == 1 else f"{lengths.prompt_name}[{number}]"
+        names = where, lengths.max_tokens_name
+        length = service.response_length(len(prompt), lengths.max_tokens, lengths.default, sentinels, names)
         template = ResponseRequest(
             prompt_id=f"{identity}-{number}",
             group_id=_group_id(number),
@@ -183,6 +198,8 @@ def _answer(
             **known,
         )
         groups.append(_members(template, body.choices))
+    service.admit_delimiter(policy)
+    request.scope[USER] = body.user
     segments = body.erasure is None or body.erasure.return_segments
     options = ChoiceOptions(live=body.is_live, segments=segments, top_logprobs=top_logprobs)
     encoder = (ChatEncoder if is_chat else CompletionEncoder)(
@@ -206,17 +223,21 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
     plain = policy is None
     service.check_temperature(policy, body.temperature)
     _check_choices(service, sum(group.n for group in body.groups))
-    groups = []
+    groups: list[list[ResponseRequest]] = []
     for number, group in enumerate(body.groups):
         where = f"groups[{number}].prompt_token_ids"
         check_token_ids(group.prompt_token_ids, service.facts.vocabulary, where)
-        length = service.response_length(len(group.prompt_token_ids), body.max_tokens, None, 1)
+        length = service.response_length(len(group.prompt_token_ids), body.max_tokens, None, 1, (where, "max_tokens"))
+        seed = group.seed
+        if seed is None and body.seed is not None:
+            # Groups may have the same prompt.
+            seed = body.seed + sum(map(len, groups))
         template = ResponseRequest(
             prompt_id=group.prompt_id,
             group_id=_group_id(number),
             group_size=group.n,
             sample=0,
-            seed=body.seed if group.seed is None else group.seed,
+            seed=seed,
             prompt_token_ids=group.prompt_token_ids,
             max_tokens=length,
             temperature=body.temperature,
@@ -227,6 +248,7 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
         )
         erasable = 0 if plain else group.n if group.erasable is None else group.erasable
         groups.append(_members(template, group.n, erasable))
+    service.admit_delimiter(policy)
     options = ChoiceOptions(segments=False)
     maker = service.choice_maker(_observer(service, request), options, ())
     return GenerationAnswer(service, _client(request), groups, maker, RolloutEncoder(), streams=True)

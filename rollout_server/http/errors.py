@@ -13,8 +13,10 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-_UNION_MEMBER = re.compile(r"^(str|int|float|bool|fixed|delimiter|constrained-\w+|[\w-]*\[.*)$")
-"""Parts of a pydantic location that name a member of a union and not a place in the request."""
+_UNION_MEMBER = re.compile(r"^(str|int|float|bool|constrained-\w+|[\w-]*\[.*)$")
+"""Parts of a pydantic location that name a member of a union and not a place in the request. Those of tagged unions
+stand below the name in `_TAGGED`."""
+_TAGGED = "segmentation"
 
 
 class ApiError(Exception):
@@ -69,7 +71,7 @@ def from_validation(error: ValidationError, prefix: tuple[str, ...] = ()) -> Api
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     places: dict[str, list[str]] = {}
     for problem in unknown or problems:
-        place = parameter((*prefix, *problem["loc"]))
+        place = parameter((*prefix, *problem["loc"]), is_key=problem["type"] == "extra_forbidden")
         explanations = places.setdefault(place, [])
         if _explain(problem) not in explanations:
             explanations.append(_explain(problem))
@@ -85,14 +87,16 @@ def from_validation(error: ValidationError, prefix: tuple[str, ...] = ()) -> Api
     )
 
 
-def parameter(location: tuple[int | str, ...]) -> str:
-    """A pydantic location as clients write it: `messages[0].content`."""
+def parameter(location: tuple[int | str, ...], is_key: bool = False) -> str:
+    """A pydantic location as clients write it: `messages[0].content`. `is_key`: its last part is a key for certain."""
     text = ""
-    for part in location:
+    for place, part in enumerate(location):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not _UNION_MEMBER.match(part):
-            text += f".{part}" if text else part
+            continue
+        is_tag = place > 0 and location[place - 1] == _TAGGED and place + 1 < len(location)
+        if (is_key and place + 1 == len(location)) or not (is_tag or _UNION_MEMBER.match(part)):
+            text += f".{part}" if text else part or '""'
     return text[:200]
 
 

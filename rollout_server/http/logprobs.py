@@ -21,14 +21,16 @@ def completion_logprobs(entries: list[TokenEntry], texts: TokenTexts, offset: in
         "text_offset": offsets,
         "token_logprobs": [max(entry.logprob, LOWEST) for entry in entries],
         "tokens": tokens,
-        "top_logprobs": [
-            {
-                texts[token_id]: max(logprob, LOWEST)
-                for token_id, logprob in {entry.token_id: entry.logprob, **entry.top}.items()
-            }
-            for entry in entries
-        ],
+        "top_logprobs": [_by_text(entry, texts) for entry in entries],
     }
+
+
+def _by_text(entry: TokenEntry, texts: TokenTexts) -> dict[str, float]:
+    """Log-probs of the sampled token and the most likely ones; of tokens with one text, the first."""
+    result: dict[str, float] = {}
+    for token_id, logprob in {entry.token_id: entry.logprob, **entry.top}.items():
+        result.setdefault(texts[token_id], max(logprob, LOWEST))
+    return result
 
 
 def chat_logprobs(entries: list[TokenEntry], texts: TokenTexts) -> dict[str, Any]:

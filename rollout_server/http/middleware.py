@@ -22,6 +22,7 @@ log = logging.getLogger("e3rl.http")
 REQUEST_ID = "e3rl.request_id"
 STARTED = "e3rl.started"
 SPAN = "e3rl.span"
+USER = "e3rl.user"
 MAX_HEADER_BYTES = 32 * 1024
 OPEN_ROUTES = frozenset({"/health"})
 _USABLE_ID = re.compile(r"^[\w.:-]{1,128}$", re.ASCII)
@@ -91,6 +92,8 @@ class Observe:
             "status": result,
             "seconds": round(seconds, 4),
         }
+        if scope.get(USER) is not None:
+            fields["user"] = scope[USER]
         level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
         log.log(level, "request", extra={FIELDS: fields})
         span = scope.get(SPAN)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rollout_server.rollback import Listener
 
 log = logging.getLogger("e3rl.replicas")
+MAX_REASON_CHARACTERS = 500
 RESTART_PAUSE_SECONDS = 1.0
 
 
@@ -218,9 +219,7 @@ class ReplicaSet:
                 member.checksum = await member.replica.sync(update, self._sync_seconds)
         except Exception as error:
             log.exception("replica %d did not load policy version %d", member.number, update.version)
-            member.sync_error = (
-                "not within the deadline" if isinstance(error, TimeoutError) else f"failed with {type(error).__name__}"
-            )
+            member.sync_error = _why(error, update)
             member.error = "holds no complete weights: its last sync failed"
         else:
             member.sync_error = None
@@ -266,3 +265,11 @@ class ReplicaSet:
         for task in list(self._restarting.values()):
             task.cancel()
         await asyncio.gather(*(m.replica.close() for m in self.members), return_exceptions=True)
+
+
+def _why(error: Exception, update: WeightUpdate) -> str:
+    """Why weights were not loaded, for the operator: one line, without the path of the file."""
+    if isinstance(error, TimeoutError):
+        return "not within the deadline"
+    text = " ".join(str(error).replace(update.path, "the file").split())
+    return f"{type(error).__name__}: {text[:MAX_REASON_CHARACTERS]}"

@@ -111,7 +111,7 @@ async def start_service(settings: ServerSettings) -> tuple[Service, WeightLoader
         await replicas.close()
         log.debug("start failed", exc_info=True)
         raise StartError(f"the model did not start: {' '.join(str(error).split()) or type(error).__name__}") from error
-    loader = WeightLoader(service, model, getattr(torch, model_config.dtype))
+    loader = WeightLoader(service, model, settings.model, getattr(torch, model_config.dtype))
     return service, loader
 
 

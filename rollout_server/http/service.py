@@ -4,12 +4,14 @@ import asyncio
 import time
 from typing import Any
 
+from pydantic import ValidationError
+
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
 from common.trajectory import ResponseRequest
 from rollout_server.http.admission import Admission
 from rollout_server.http.choice import Choice, ChoiceOptions
 from rollout_server.http.detokenize import TextCursor, TokenTexts
-from rollout_server.http.errors import ApiError, bad_request
+from rollout_server.http.errors import ApiError, bad_request, from_validation
 from rollout_server.http.generation import Generation
 from rollout_server.http.metrics import ServerMetrics
 from rollout_server.http.replicas import EngineFacts, ReplicaSet
@@ -20,6 +22,13 @@ from rollout_server.http.tracing import Tracing
 
 MAX_DELIMITERS = 64
 """Different delimiters that the server takes in its lifetime: an engine keeps a table of tokens for each."""
+
+
+def _delimiter(policy: ErasurePolicy | None) -> set[str]:
+    """The delimiter of a policy, if it has one."""
+    if policy is not None and isinstance(policy.segmentation, DelimiterSegmentation):
+        return {policy.segmentation.delimiter}
+    return set()
 
 
 class RequestObserver:
@@ -66,7 +75,8 @@ class Service:
         self.draining = False
         self.stopping = False
         self.created = int(time.time())
-        self._delimiters: set[str] = set()
+        # The server's own and the most usual one have their places, whatever else requests ask for.
+        self._delimiters = {"\n", *_delimiter(settings.erasure)}
         self._watch()
 
     def _watch(self) -> None:
@@ -91,21 +101,25 @@ class Service:
             raise ApiError(404, "there is no model with this name here", param="model", code="model_not_found")
 
     def policy(self, options: ErasureOptions | None) -> ErasurePolicy | None:
-        """The policy of a request; None: without erasure."""
+        """The policy of a request; None: without erasure. 400 if its values are impossible together."""
         if options is None:
             return self.settings.erasure if self.settings.erasure_enabled else None
         if not options.enabled:
             return None
-        policy = options.policy(self.settings.erasure)
-        if isinstance(policy.segmentation, DelimiterSegmentation):
-            delimiter = policy.segmentation.delimiter
-            if delimiter not in self._delimiters and len(self._delimiters) >= MAX_DELIMITERS:
+        try:
+            return options.policy(self.settings.erasure)
+        except ValidationError as error:
+            raise from_validation(error, ("erasure",)) from None
+
+    def admit_delimiter(self, policy: ErasurePolicy | None) -> None:
+        """Take the delimiter of a request in which all else is right; 400 if there is no place for it."""
+        for delimiter in _delimiter(policy) - self._delimiters:
+            if len(self._delimiters) >= MAX_DELIMITERS:
                 raise bad_request(
                     f"the server has seen {MAX_DELIMITERS} different delimiters and takes no new ones",
                     "erasure.segmentation.delimiter",
                 )
             self._delimiters.add(delimiter)
-        return policy
 
     def check_temperature(self, policy: ErasurePolicy | None, temperature: float) -> None:
         """400 if erasure would bring back what it erased."""
@@ -116,8 +130,18 @@ class Service:
                 "erasure.retry_temperature",
             )
 
-    def response_length(self, prompt: int, max_tokens: int | None, default: int | None, sentinels: int) -> int:
-        """Tokens that a response may have; 400 with all lengths if prompt and response do not fit the model."""
+    def response_length(
+        self,
+        prompt: int,
+        max_tokens: int | None,
+        default: int | None,
+        sentinels: int,
+        names: tuple[str, str],
+    ) -> int:
+        """Tokens that a response may have; 400 with all lengths if prompt and response do not fit the model.
+
+        `names`: the request's parameters that hold the prompt and `max_tokens`.
+        """
         limit = self.facts.max_length
         room = limit - prompt - sentinels
         one = " with 1 sentinel" if sentinels else ""
@@ -126,7 +150,7 @@ class Service:
             raise bad_request(
                 f"the prompt has {prompt} tokens and the response at most {wanted}{one}, together "
                 f"{prompt + wanted + sentinels}: more than the model's length of {limit} tokens",
-                "prompt" if room < 1 else "max_tokens",
+                names[0] if room < 1 else names[1],
                 "context_length_exceeded",
             )
         return max_tokens or min(room, default or room)

@@ -274,6 +274,8 @@ class SegmentMonitor:
         """
         group, segment = ints[:, Int.GROUP], ints[:, Int.SEGMENT]
         observed = ended & ((ints[:, Int.ATTEMPT] == 0) | (ints[:, Int.OBSERVE_ALL] > 0))
+        # Of weights that overflowed nothing is learnt: it would outlast them.
+        observed &= uncertainty.isfinite()
         moments = columns([torch.ones_like(uncertainty), uncertainty, uncertainty**2])
         moments = torch.where(observed[:, None], moments, 0.0)
         self._groups.index_put_((group, segment), moments, accumulate=True)

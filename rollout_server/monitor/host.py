@@ -102,9 +102,11 @@ def observe(
         per_token[i, :, 1] = token_behaviours[slot, :longest]
         per_token[i, :, 2] = token_signals[slot, :longest]
         _uncertainty(per_token[i, : count[slot], 2], ints[slot, INT.WINDOW], reals[slot], fields[i])
-        if ints[slot, INT.ATTEMPT] == 0 or ints[slot, INT.OBSERVE_ALL] > 0:
+        uncertainty = fields[i, FIELD.UNCERTAINTY]
+        counts = ints[slot, INT.ATTEMPT] == 0 or ints[slot, INT.OBSERVE_ALL] > 0
+        # Of weights that overflowed nothing is learnt: it would outlast them.
+        if counts and math.isfinite(uncertainty):
             moments = groups[ints[slot, INT.GROUP], ints[slot, INT.SEGMENT]]
-            uncertainty = fields[i, FIELD.UNCERTAINTY]
             moments[0] += 1.0
             moments[1] += uncertainty
             moments[2] += uncertainty**2
@@ -201,7 +203,7 @@ def _judge(count: int, ints: Array, past: Array, reals: Array, group: Array, pri
     fields[FIELD.PRIOR_VARIANCE] = prior_variance
     fields[FIELD.HISTORY_UNCERTAINTY], fields[FIELD.HISTORY_MEAN] = past[PAST.UNCERTAINTY], past[PAST.MEAN]
     fields[FIELD.HISTORY_DEVIATION], fields[FIELD.ERASED_BEFORE] = spread, ints[INT.ERASED]
-    if enough and not erased:
+    if enough and not erased and math.isfinite(uncertainty):
         past[PAST.UNCERTAINTY] += uncertainty
         past[PAST.MEAN] += shrunk
         past[PAST.DEVIATION] += deviation

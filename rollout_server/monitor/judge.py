@@ -97,5 +97,6 @@ def judge(
             past_uncertainty, past_mean, spread, ints[:, Int.ERASED],
         ],
     )  # fmt: skip
-    history = columns([uncertainty, mean, deviation]) * enough[:, None]
+    known = (enough & uncertainty.isfinite())[:, None]
+    history = torch.where(known, columns([uncertainty, mean, deviation]), 0.0)
     return Verdicts(erased, history, fields)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.http_load import load
@@ -101,7 +103,38 @@ def test_weights_are_synced_from_a_checkpoint_directory(
     assert restored["token_ids"] == before["token_ids"]
 
 
-@pytest.mark.parametrize("case", ["missing", "no weights", "other model", "damaged"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda tensors, last: {**tensors, "foo": tensors[last]}, "too many, foo"),
+        (lambda tensors, last: {name: t for name, t in tensors.items() if name != last}, "lacks the tensor"),
+        (lambda tensors, last: {**tensors, last: tensors[last][:1].clone()}, "another shape"),
+        (lambda tensors, last: {**tensors, last: tensors[last].to(torch.int32)}, "torch.int32"),
+        (lambda tensors, last: {**tensors, last: tensors[last] * float("nan")}, "infinity or NaN"),
+    ],
+    ids=["too many", "too few", "shape", "integers", "nan"],
+)
+def test_tensors_that_are_not_the_models_are_refused_before_they_reach_an_engine(
+    server: ServerProcess, http_model: Path, tmp_path: Path, change: Callable[..., dict[str, torch.Tensor]], text: str
+) -> None:
+    tensors = load_file(http_model / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((http_model / "config.json").read_bytes())
+    save_file(change(tensors, max(tensors)), tmp_path / "model.safetensors")
+    before = server.admin_client.get("/weights").json()
+    answer = server.admin_client.post("/weights/sync", json={"path": str(tmp_path)})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "path")
+    assert text in answer.json()["error"]["message"]
+    assert server.complete(max_tokens=2)["choices"]
+    assert server.admin_client.get("/weights").json() == before
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "a" * 4096, "a\0b", ""])
+def test_a_path_that_can_be_none_is_a_400(server: ServerProcess, path: str) -> None:
+    answer = server.admin_client.post("/weights/sync", json={"path": path})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "path")
+
+
+@pytest.mark.parametrize("case", ["missing", "no weights", "other model", "damaged", "no object", "wrong type"])
 def test_what_is_no_checkpoint_is_refused_and_serving_goes_on(
     server: ServerProcess, http_model: Path, tmp_path: Path, case: str
 ) -> None:
@@ -111,6 +144,10 @@ def test_what_is_no_checkpoint_is_refused_and_serving_goes_on(
         config = (http_model / "config.json").read_text()
         if case == "other model":
             config = config.replace('"hidden_size": 64', '"hidden_size": 32')
+        if case == "no object":
+            config = "5"
+        if case == "wrong type":
+            config = config.replace('"hidden_size": 64', '"hidden_size": "64"')
         (directory / "config.json").write_text(config)
     if case == "damaged":
         (directory / "model.safetensors").write_bytes(b"nothing")

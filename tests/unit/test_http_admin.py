@@ -11,12 +11,14 @@ async def test_admin_routes() -> None:
         weights = (await server.admin.get("/weights")).json()
         paused = await server.admin.post("/pause", json={"mode": "wait"})
         wrong = await server.admin.post("/pause", json={"mode": "nap"})
+        strange = await server.admin.post("/resume", json={"mode": "wait"})
         resumed = await server.admin.post("/resume")
         nowhere = await server.admin.post("/weights/sync", json={"path": "/nowhere/secret"})
         public = [await server.admin.post("/v1/completions", json={}), await server.admin.get("/metrics")]
     assert weights == {"replicas": [{"replica": 0, "policy_version": 0, "checksum": None, "last_sync": None}]}
     assert paused.json() == {"paused": True, "mode": "wait"}
     assert wrong.status_code == 400
+    assert (strange.status_code, strange.json()["error"]["param"]) == (400, "mode")
     assert resumed.json() == {"paused": False, "mode": None}
     assert nowhere.status_code == 400
     assert "secret" not in nowhere.text

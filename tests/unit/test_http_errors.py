@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from rollout_server.http.encoders import CompletionEncoder
 from rollout_server.http.schema.service import ErrorAnswer
+from rollout_server.http.service import MAX_DELIMITERS
 from tests.stub_replica import StubReplica, StubServer, erasing_server, saying
 
 WRONG: list[tuple[dict[str, Any], str | None, str]] = [
@@ -14,6 +16,22 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "erasure": {"weights": {"bass": 1}}}, "erasure.weights.bass", "unknown"),
     ({"prompt": "a", "erasure": {"segmentation": {"mode": "fixed", "len": 1}}}, "erasure.segmentation.len", "unknown"),
     ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown"),
+    ({"prompt": "a", "delimiter": "x"}, "delimiter", "unknown"),
+    ({"prompt": "a", "int": 1}, "int", "unknown"),
+    ({"prompt": "a", "": 1}, '""', "unknown"),
+    ({"prompt": "a", "erasure": {"delimiter": "x"}}, "erasure.delimiter", "unknown"),
+    (
+        {"prompt": "a", "erasure": {"segmentation": {"mode": "fixed", "delimiter": "x"}}},
+        "erasure.segmentation.delimiter",
+        "unknown",
+    ),
+    (
+        {"prompt": "a", "erasure": {"segmentation": {"mode": "delimiter", "delimiter": ""}}},
+        "erasure.segmentation.delimiter",
+        "at least 1",
+    ),
+    ({"prompt": "a", "erasure": {"gamma": 10.0, "max_erasures": 1000}}, "erasure", "gamma x max_erasures"),
+    ({"prompt": "a", "erasure": {"stream": "live"}}, None, "when stream is true"),
     ({}, "prompt", "required"),
     ({"prompt": ""}, "prompt", "at least 1"),
     ({"prompt": []}, "prompt", "at least 1"),
@@ -29,6 +47,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "temperature": 0, "erasure": {"kappa": 1}}, "erasure.retry_temperature", "retry_temperature"),
     ({"prompt": "a", "max_tokens": 1024}, "max_tokens", "1 tokens and the response at most 1024"),
     ({"prompt": "a" * 1100}, "prompt", "has 1100 tokens"),
+    ({"prompt": ["a", "a" * 1100]}, "prompt[1]", "has 1100 tokens"),
     ({"prompt": "a", "stream_options": {}}, None, "stream_options can only"),
     ({"prompt": "a", "stop": [""]}, "stop", "at least 1"),
     ({"prompt": "a", "erasure": {"max_erasures": -1}}, "erasure.max_erasures", "greater"),
@@ -47,6 +66,55 @@ async def test_what_is_wrong_is_a_400_that_names_it(body: dict[str, Any], param:
     assert error.type == "invalid_request_error"
     assert error.param == param
     assert text in error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "text"),
+    [
+        ({"max_tokens": 2000}, "max_tokens", "together 2003"),
+        ({"groups": [{"prompt_id": "p", "prompt_token_ids": [1] * 1100}]}, "groups[0].prompt_token_ids", "1100 tokens"),
+        ({"erasure": {"stream": "live"}}, None, "erasure.stream"),
+        ({"erasure": {"return_segments": False}}, None, "erasure.return_segments"),
+        (
+            {"groups": [{"prompt_id": "p", "prompt_token_ids": [1], "erasable": 1}], "erasure": {"enabled": False}},
+            None,
+            "groups[0].erasable",
+        ),
+    ],
+)
+async def test_what_is_wrong_with_rollouts_is_a_400_that_names_it(
+    body: dict[str, Any], param: str | None, text: str
+) -> None:
+    request = {"groups": [{"prompt_id": "p", "prompt_token_ids": [1, 2]}], "max_tokens": 4, **body}
+    async with erasing_server() as server:
+        answer = await server.post("/v1/rollouts", **request)
+    error = ErrorAnswer.model_validate_json(answer.text).error
+    assert (answer.status_code, error.param) == (400, param)
+    assert text in error.message
+
+
+async def test_refused_requests_take_no_delimiters_place() -> None:
+    async with erasing_server() as server:
+
+        async def ask(delimiter: str, **body: Any) -> int:
+            erasure = {"segmentation": {"mode": "delimiter", "delimiter": delimiter}}
+            return (await server.post(prompt="a", erasure=erasure, **body)).status_code
+
+        assert {await ask(f"x{number}", max_tokens=5000) for number in range(2 * MAX_DELIMITERS)} == {400}
+        taken = [await ask(f"x{number}") for number in range(MAX_DELIMITERS)]
+        assert taken == [200] * (MAX_DELIMITERS - 1) + [400]
+        assert await ask("x0") == await ask("\n") == 200
+
+
+async def test_what_can_not_be_encoded_is_an_error_and_no_broken_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise ValueError("Out of range float values are not JSON compliant")
+
+    monkeypatch.setattr(CompletionEncoder, "whole", fail)
+    async with erasing_server() as server:
+        answer = await server.post(prompt="a")
+    assert answer.status_code == 500
+    assert ErrorAnswer.model_validate_json(answer.text).error.type == "server_error"
 
 
 @pytest.mark.parametrize(

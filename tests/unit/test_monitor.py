@@ -213,6 +213,24 @@ def test_steps_after_the_forced_one_are_not_measured(on_host: bool, stream: tupl
     assert [row for _, after in later for row in rows(after)] == []
 
 
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_what_overflowed_weights_measure_is_not_learnt(
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=6)), 2, on_host=on_host, limit=12)
+    broken = logits[:12, :2].clone()
+    broken[:6, 0] = math.nan
+    judged = [row for _, result in feed(monitor, broken, tokens[:12, :2]) for row in rows(result)]
+    assert [(slot, math.isnan(fields[Field.UNCERTAINTY])) for slot, fields in judged] == [
+        (0, True), (1, False), (0, False), (1, False),
+    ]  # fmt: skip
+    assert [fields[Field.COUNT] for _, fields in judged] == [1.0, 1.0, 2.0, 2.0]
+    assert all(math.isfinite(fields[Field.HISTORY_UNCERTAINTY]) for _, fields in judged)
+    monitor.close_group(0, 0, 0.9)
+    assert all(math.isfinite(value) for row in monitor.prior(0) for value in row)
+
+
 def test_sentinels_are_masked_in_followed_rows_only(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, _ = stream
     monitor = monitor_for(ErasurePolicy(), 2)

@@ -73,6 +73,9 @@ class ErasureOptions(RequestModel):
     def policy(self, default: ErasurePolicy) -> ErasurePolicy:
         """The policy that these options ask for, on top of the server's. An explicit null counts where null says
         something (`retry_temperature`, `threshold`); elsewhere it is as if the key were left out.
+
+        Raises:
+            pydantic.ValidationError: the values are impossible together.
         """
         given = {name: getattr(self, name) for name in self.model_fields_set}
         changes = {
@@ -86,7 +89,8 @@ class ErasureOptions(RequestModel):
             changes["segmentation"] = DelimiterSegmentation(**self.segmentation.model_dump())
         if self.weights is not None:
             changes["weights"] = SignalWeights(**self.weights.model_dump())
-        return default.model_copy(update=changes)
+        # Copied without a check if there is nothing to check, which is most often.
+        return ErasurePolicy(**{**dict(default), **changes}) if changes else default
 
 
 class Segment(AnswerModel):

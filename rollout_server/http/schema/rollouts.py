@@ -44,3 +44,16 @@ class RolloutRequest(RequestModel):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     ignore_eos: bool = False
     erasure: ErasureOptions | None = None
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "RolloutRequest":
+        if self.erasure is None:
+            return self
+        if self.erasure.stream == "live" or not self.erasure.return_segments:
+            raise ValueError(
+                "trajectories hold every attempt: erasure.stream and erasure.return_segments are of no use"
+            )
+        erasable = [number for number, group in enumerate(self.groups) if group.erasable]
+        if erasable and not self.erasure.enabled:
+            raise ValueError(f"groups[{erasable[0]}].erasable is not 0, but erasure.enabled is false")
+        return self

@@ -121,6 +121,10 @@ class PauseRequest(RequestModel):
     mode: Literal["abort", "wait", "keep"] = "keep"
 
 
+class ResumeRequest(RequestModel):
+    """Nothing, or an empty object."""
+
+
 class PauseState(AnswerModel):
     """Whether replicas generate."""
 
