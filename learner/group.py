@@ -38,7 +38,7 @@ class LearnerGroup:
     """
 
     def __init__(self, config: RunConfig, log_directory: Path) -> None:
-        self._config = _with_absolute_model(config)
+        self._config = config
         self._log_directory = log_directory.resolve()
         self._ranks: list[Any] = []
         self._failure: str | None = None
@@ -273,15 +273,6 @@ def environments(placements: Sequence[Placement], on_gpus: bool) -> list[dict[st
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         result.append(environment)
     return result
-
-
-def _with_absolute_model(config: RunConfig) -> RunConfig:
-    """A rank's working directory may be another than the driver's."""
-    path = Path(config.model.path)
-    if not path.is_dir():
-        return config
-    model = config.model.model_copy(update={"path": str(path.resolve())})
-    return config.model_copy(update={"model": model})
 
 
 def _publish(partial_directory: Path, directory: Path) -> None:

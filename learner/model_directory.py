@@ -104,3 +104,12 @@ def _check_weights(file: Path) -> None:
         raise InputError(f"model.path: {file} is not a safetensors file: {error}") from error
     if size != expected:
         raise InputError(f"model.path: {file} is damaged: {size} bytes, its header says {expected}")
+
+
+def with_absolute_model(config: RunConfig) -> RunConfig:
+    """For Ray's actors, whose working directories may be others than the driver's. A name on the hub stays as it is."""
+    path = Path(config.model.path)
+    if not path.is_dir():
+        return config
+    model = config.model.model_copy(update={"path": str(path.absolute())})
+    return config.model_copy(update={"model": model})

@@ -114,6 +114,11 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
             f"at most {in_all:,} for training",
         ),
         ("responses per evaluation", f"{evaluation}, plain and erasable each"),
+        (
+            "GPUs, where there are any",
+            f"{rollout.engine.replicas + learner.ranks} = {rollout.engine.replicas} replica(s) + {learner.ranks} "
+            "learner rank(s)",
+        ),
     ]
 
 

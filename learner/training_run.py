@@ -23,7 +23,7 @@ from learner.driver_state import DriverState, RunRecord, newest_state
 from learner.errors import InputError, Interrupted, PartError, part
 from learner.group import LearnerGroup
 from learner.memory import PeakMemory
-from learner.model_directory import ensure_model, load_tokenizer
+from learner.model_directory import ensure_model, load_tokenizer, with_absolute_model
 from learner.plots import draw_plots
 from learner.quiet import LOG_NAME, quiet_output
 from learner.report import build_report, comparison_table, final_table, write_report
@@ -206,6 +206,7 @@ def _driver(
     record: RunRecord,
     display: Display,
 ) -> Driver:
+    config = with_absolute_model(config)
     learner = LearnerGroup(config, directory.log.resolve())
     parts = Parts(load_rollouts(), learner, prepared.rewards)
     return Driver(config, directory, state, parts, problems, record, display)

@@ -18,6 +18,7 @@ from rollout_server.http.errors import bad_request, unavailable
 from rollout_server.http.middleware import REQUEST_ID, SPAN, STARTED, USER, header
 from rollout_server.http.openapi import errors, read_body, streamed, takes
 from rollout_server.http.prompts import chat_prompt, check_token_ids, completion_prompts
+from rollout_server.http.schema.base import MAX_SEED
 from rollout_server.http.schema.chat import ChatChunk, ChatCompletion, ChatRequest
 from rollout_server.http.schema.completion import (
     DEFAULT_MAX_TOKENS,
@@ -231,7 +232,7 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
         seed = group.seed
         if seed is None and body.seed is not None:
             # Groups may have the same prompt.
-            seed = body.seed + sum(map(len, groups))
+            seed = (body.seed + sum(map(len, groups))) % MAX_SEED
         template = ResponseRequest(
             prompt_id=group.prompt_id,
             group_id=_group_id(number),

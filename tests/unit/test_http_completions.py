@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rollout_server.http.schema.base import MAX_SEED
 from rollout_server.http.schema.chat import ChatChunk, ChatCompletion
 from rollout_server.http.schema.completion import Completion, CompletionChunk
 from tests.http_server import texts
@@ -130,3 +131,16 @@ async def test_rollouts_are_a_line_for_each_trajectory() -> None:
     replica = server.replicas.members[0].replica
     assert isinstance(replica, StubReplica)
     assert [(r.erasable, r.seed) for r in replica.requests] == [(True, 4), (False, 5), (False, 6)]
+
+
+async def test_groups_of_one_prompt_are_not_the_same_responses_twice() -> None:
+    async with erasing_server() as server:
+        groups = [{"prompt_id": name, "prompt_token_ids": [1, 2], "n": 2} for name in "ab"]
+        for seed in (7, MAX_SEED):
+            await server.client.post("/v1/rollouts", json={"groups": groups, "max_tokens": 30, "seed": seed})
+    replica = server.replicas.members[0].replica
+    assert isinstance(replica, StubReplica)
+    assert sorted(r.seed for r in replica.requests[:4]) == [7, 8, 9, 10]
+    largest = [r.seed for r in replica.requests[4:] if r.seed is not None]
+    assert len(set(largest)) == 4
+    assert max(largest) < 2**63

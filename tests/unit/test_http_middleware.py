@@ -9,6 +9,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from pydantic import SecretStr
 
 from rollout_server.http import tracing as tracing_module
+from rollout_server.http.logs import FIELDS
 from rollout_server.http.schema.service import ErrorAnswer
 from rollout_server.http.tracing import Tracing, otlp_tracing
 from tests.stub_replica import ERASING, erasing_server
@@ -56,6 +57,16 @@ async def test_request_ids_are_taken_over_if_they_are_harmless() -> None:
     assert given.headers["x-request-id"] == "abc-1"
     assert odd.headers["x-request-id"] != "a b\t{}"
     assert 'request_id="' in metrics.text
+
+
+async def test_the_log_names_request_route_and_user(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "e3rl.http"):
+        async with erasing_server() as server:
+            await server.post(prompt="a", user="bob")
+            await server.client.get("/v1/models")
+    (named, unnamed) = [getattr(record, FIELDS) for record in caplog.records if record.message == "request"]
+    assert (named["route"], named["status"], named["user"]) == ("/v1/completions", "200", "bob")
+    assert (unnamed["route"], "user" in unnamed) == ("/v1/models", False)
 
 
 async def test_a_span_for_the_request_and_one_for_each_attempt() -> None:
