@@ -106,7 +106,7 @@ def test_weights_are_synced_from_a_checkpoint_directory(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda tensors, last: {**tensors, "foo": tensors[last]}, "too many, foo"),
+        (lambda tensors, last: {**tensors, "foo": tensors[last].clone()}, "too many, foo"),
         (lambda tensors, last: {name: t for name, t in tensors.items() if name != last}, "lacks the tensor"),
         (lambda tensors, last: {**tensors, last: tensors[last][:1].clone()}, "another shape"),
         (lambda tensors, last: {**tensors, last: tensors[last].to(torch.int32)}, "torch.int32"),
