@@ -1,4 +1,4 @@
-"""Peak memory of the driver and everything it started, Ray's processes included."""
+"""Peak memory of the driver and everything it started: Ray's processes too, but not those of a cluster elsewhere."""
 
 import contextlib
 import threading

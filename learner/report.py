@@ -86,7 +86,7 @@ def final_table(report: Mapping[str, Any], directory: Path) -> RenderableType:
     parts = ("rollout", "train", "sync", "other", "evaluation", "start")
     costs.add_row("seconds", ", ".join(f"{part} {seconds[part]:.0f}" for part in parts if part in seconds))
     costs.add_row("generating or training", _share(report["working_share"]) + " of a step's time")
-    costs.add_row("peak memory", f"{report['peak_memory_gib']:.1f} GiB, all processes")
+    costs.add_row("peak memory", f"{report['peak_memory_gib']:.1f} GiB, this process and those it started")
     costs.add_row("files", f"{directory}: report.json, metrics.jsonl, plots/, trajectories/, policy/")
     return Stack(accuracy, costs)
 

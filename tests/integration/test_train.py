@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,9 @@ from learner.trajectory_files import read_trajectories
 from tests.models import tiny_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
 RUN_SECONDS = 420
+CLUSTER_SECONDS = 90
 STEPS = 6
 
 
@@ -295,3 +301,68 @@ def test_help_and_dry_run_answer_without_loading_the_heavy_packages(place: Path,
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+@contextmanager
+def running_cluster(directory: Path) -> Iterator[dict[str, str]]:
+    """A Ray cluster with a dashboard, as `ray start` makes it; what a client's environment needs for its jobs."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+    port, dashboard, agent, client = (one.getsockname()[1] for one in sockets)
+    for one in sockets:
+        one.close()
+    variables = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "OMP_NUM_THREADS": "1",
+    }
+    # Ray's sockets lie below this directory, and their paths may not be long.
+    temporary = tempfile.mkdtemp(prefix="e3rl-test-", dir="/tmp")
+    command = [RAY, "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats", "--temp-dir", temporary]
+    command += ["--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)]
+    command += ["--ray-client-server-port", str(client), "--object-store-memory", str(2**27)]
+    with (directory / "cluster.log").open("w") as log:
+        head = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env=variables, start_new_session=True, text=True
+        )
+    try:
+        deadline = time.monotonic() + CLUSTER_SECONDS
+        while "Ray runtime started" not in (printed := (directory / "cluster.log").read_text()):
+            assert head.poll() is None, printed
+            assert time.monotonic() < deadline, f"no cluster within {CLUSTER_SECONDS} s:\n{printed}"
+            time.sleep(0.2)
+        yield variables | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.terminate()
+        try:
+            head.wait(CLUSTER_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.mark.timeout(2 * RUN_SECONDS)
+def test_a_job_of_a_ray_cluster_trains_and_stops_with_a_checkpoint(place: Path, tmp_path: Path):
+    def ray_job(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [RAY, "job", *arguments]
+        return subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=RUN_SECONDS)
+
+    training = ["--", sys.executable, "-m", "learner.train", "--config", str(place / "config.yaml"), "--name"]
+    with running_cluster(tmp_path) as variables:
+        finished = ray_job("submit", *training, "job", "--set", "steps=2")
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "job: held-out problems" in finished.stdout
+        assert [line["step"] for line in lines(place / "runs" / "job")] == [1, 2]
+
+        begun = ray_job(
+            "submit", "--no-wait", "--submission-id", "endless", *training, "stopped", "--set", "steps=1000"
+        )
+        assert begun.returncode == 0, begun.stderr
+        directory = place / "runs" / "stopped"
+        deadline = time.monotonic() + RUN_SECONDS
+        while len(lines(directory)) < 2:
+            assert time.monotonic() < deadline, ray_job("logs", "endless").stdout
+            time.sleep(0.1)
+        stopped = ray_job("stop", "endless")
+        assert "was stopped" in stopped.stdout + stopped.stderr
+        assert (directory / "checkpoints" / f"step_{len(lines(directory))}").is_dir()
