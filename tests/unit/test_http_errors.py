@@ -31,7 +31,6 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
         "at least 1",
     ),
     ({"prompt": "a", "erasure": {"gamma": 10.0, "max_erasures": 1000}}, "erasure", "gamma x max_erasures"),
-    ({"prompt": "a", "erasure": {"stream": "live"}}, None, "when stream is true"),
     ({}, "prompt", "required"),
     ({"prompt": ""}, "prompt", "at least 1"),
     ({"prompt": []}, "prompt", "at least 1"),

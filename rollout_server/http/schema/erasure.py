@@ -67,7 +67,9 @@ class ErasureOptions(RequestModel):
     threshold: float | None = Field(
         default=None, ge=0.0, le=1e6, description="Replaces the adaptive threshold; 0 erases until max_erasures."
     )
-    stream: Literal["commit", "live"] = "commit"
+    stream: Literal["commit", "live"] = Field(
+        default="commit", description="How a stream sends text: when its segment is accepted, or at once."
+    )
     return_segments: bool = True
 
     def policy(self, default: ErasurePolicy) -> ErasurePolicy:

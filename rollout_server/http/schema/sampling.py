@@ -42,12 +42,6 @@ class SamplingRequest(RequestModel):
             raise ValueError("stream_options can only be given when stream is true")
         return self
 
-    @model_validator(mode="after")
-    def _live_needs_a_stream(self) -> "SamplingRequest":
-        if self.erasure is not None and self.erasure.stream == "live" and not self.stream:
-            raise ValueError("erasure.stream can only be live when stream is true")
-        return self
-
     @property
     def choices(self) -> int:
         return self.n or 1
