@@ -16,6 +16,7 @@ from common.weights import WeightUpdate
 from rollout_server.http.replicas import EngineFacts, ReplicaLost
 
 if TYPE_CHECKING:
+    from rollout_server.http.choice import PromptScores
     from rollout_server.rollback import Listener, TopLogprobs
 
 log = logging.getLogger("e3rl.replicas")
@@ -95,6 +96,9 @@ class ReplicaActor:
             self._outbox.put((key, "finished", trajectory))
         finally:
             del self._tasks[key]
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+        return await self._replica.score(prompt_token_ids, top, cache_salt)
 
     async def cancel(self, key: int) -> None:
         """End a response; no error if it has ended."""
@@ -201,6 +205,12 @@ class RayReplica:
             finished.set_exception(value)
         elif listener is not None:
             getattr(listener, name)(*value)
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+        if self._polling is None or self._polling.done():
+            raise ReplicaLost(f"replica {self._number} is not running")
+        scores: PromptScores = await self._call(self._actor.score.remote(prompt_token_ids, top, cache_salt))
+        return scores
 
     async def probe(self) -> None:
         if self._polling is None or self._polling.done():

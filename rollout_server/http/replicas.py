@@ -11,6 +11,7 @@ from common.weights import WeightUpdate
 from rollout_server.http.errors import ApiError, unavailable
 
 if TYPE_CHECKING:
+    from rollout_server.http.choice import PromptScores
     from rollout_server.rollback import Listener
 
 log = logging.getLogger("e3rl.replicas")
@@ -32,13 +33,21 @@ class NoWeights(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a started engine says of itself. `defaults`: sampling parameters of the model's generation config."""
+    """What a started engine says of itself. `defaults`: sampling parameters of the model's generation config.
+
+    `sentinel_ids`: tokens that no monitored response can hold.
+    """
 
     version: int
     max_length: int
     eos_token_ids: tuple[int, ...]
     vocabulary: int
     defaults: dict[str, float]
+    sentinel_ids: tuple[int, ...] = ()
+
+
+class RequestRefused(Exception):
+    """The engine cannot do what a request asks for; the message is for the client."""
 
 
 class Replica(Protocol):
@@ -53,6 +62,10 @@ class Replica(Protocol):
 
         Without a listener nothing is known of a response that is lost; with one, what was judged.
         """
+        ...
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+        """Log-probs and ranks of a prompt's tokens and of the `top` likeliest in their places."""
         ...
 
     async def probe(self) -> None:
