@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import time
+from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from common.trajectory import ResponseRequest
+from rollout_server.http.admission import Admission
 from rollout_server.http.encoders import Encoder
 from rollout_server.http.errors import ApiError, unavailable
 from rollout_server.http.generation import Generation, MakeChoice
@@ -20,6 +22,19 @@ from rollout_server.http.service import Service
 log = logging.getLogger("e3rl.http")
 LAST_WORDS_SECONDS = 5.0
 """How long an error may take to reach a client that reads slowly."""
+
+
+class _Places:
+    """What a request was admitted with. It is given back once, as soon as all is generated: sending needs no places."""
+
+    def __init__(self, admission: Admission, places: int) -> None:
+        self._admission = admission
+        self._places = places
+
+    def give_back(self) -> None:
+        places, self._places = self._places, 0
+        if places:
+            self._admission.release(places)
 
 
 class GenerationAnswer(Response):
@@ -87,9 +102,10 @@ class GenerationAnswer(Response):
         if service.draining:
             raise _shutting_down()
         responses = sum(map(len, self._groups))
-        places = await service.admission.acquire(self._client, responses)
-        generation = Generation(service.replicas, self._groups, self._make_choice, self._streams)
+        places = _Places(service.admission, await service.admission.acquire(self._client, responses))
+        generation: Generation | None = None
         try:
+            generation = Generation(service.replicas, self._groups, self._make_choice, places.give_back, self._streams)
             if self._streams:
                 await self._stream(generation, send)
             else:
@@ -99,15 +115,18 @@ class GenerationAnswer(Response):
                 await self._start(send, "application/json")
                 await send({"type": "http.response.body", "body": body})
         finally:
-            service.admission.release(places)
-            service.count(generation)
+            places.give_back()
+            if generation is not None:
+                service.count(generation)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
-        async for batch in generation.chunks():
-            if not self._started:
-                await self._start(send, self._encoder.media_type)
-            body = b"".join(self._encoder.chunk(choice, chunk) for choice, chunk in batch)
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+        # Closed at once, whatever ends it: what is left to the garbage collector generates until then.
+        async with aclosing(generation.chunks()) as batches:
+            async for batch in batches:
+                if not self._started:
+                    await self._start(send, self._encoder.media_type)
+                body = b"".join(self._encoder.chunk(choice, chunk) for choice, chunk in batch)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._encoder.end(generation.choices)})
 
     async def _start(self, send: Send, media_type: str) -> None:
