@@ -23,7 +23,7 @@ from common.threshold import GroupStatistics, History, extended_history
 from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
 from rollout_server.monitor import Field
 from rollout_server.records import JudgementRecord
-from rollout_server.submission import Submission, policy_json
+from rollout_server.submission import Submission, policy_json, statistics_kind
 
 RECORD_SECONDS = 60.0
 SENTINEL_TOKENS = 1
@@ -102,8 +102,9 @@ class _Mailbox:
 
 @dataclass(slots=True)
 class _Progress:
-    """A response under way: what is committed, and where the next submission goes on."""
+    """A response under way: what is committed, and where the next submission goes on. `kind`: of its statistics."""
 
+    kind: str
     committed: list[int] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     segment: int = 0
@@ -207,7 +208,7 @@ class ResubmitRollback:
         policy = request.policy
         if policy is None:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
-        progress = _Progress()
+        progress = _Progress(statistics_kind(request, policy))
         for attempt in request.resume_from:
             progress.add(attempt)
         progress.finished = bool(progress.attempts) and self._is_final(request, progress)
@@ -298,6 +299,7 @@ class ResubmitRollback:
             group=request.group_id,
             group_size=request.group_size,
             policy=policy_json(policy),
+            kind=progress.kind,
             erasable=request.erasable,
             position=len(progress.committed),
             segment=progress.segment,
