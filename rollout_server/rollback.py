@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vllm import RequestOutput, SamplingParams
+from vllm import RequestOutput
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -21,8 +21,10 @@ from common.config.erasure import ErasurePolicy
 from common.seeds import attempt_seed
 from common.threshold import GroupStatistics, History, extended_history
 from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
+from rollout_server.adjustments import Adjustments
 from rollout_server.monitor import Field
 from rollout_server.records import JudgementRecord
+from rollout_server.sampling import adjustments, submission_params
 from rollout_server.submission import Submission, policy_json, statistics_kind
 
 RECORD_SECONDS = 60.0
@@ -102,9 +104,13 @@ class _Mailbox:
 
 @dataclass(slots=True)
 class _Progress:
-    """A response under way: what is committed, and where the next submission goes on. `kind`: of its statistics."""
+    """A response under way: what is committed, and where the next submission goes on.
+
+    `kind`: of its statistics. `adjustments`: what all its submissions are sampled with.
+    """
 
     kind: str
+    adjustments: Adjustments | None = None
     committed: list[int] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     segment: int = 0
@@ -208,7 +214,9 @@ class ResubmitRollback:
         policy = request.policy
         if policy is None:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
-        progress = _Progress(statistics_kind(request, policy))
+        progress = _Progress(
+            statistics_kind(request, policy), adjustments(request, self._eos_token_ids, self._llm.get_tokenizer())
+        )
         for attempt in request.resume_from:
             progress.add(attempt)
         progress.finished = bool(progress.attempts) and self._is_final(request, progress)
@@ -238,7 +246,7 @@ class ResubmitRollback:
         )
 
     def _has_stopped(self, request: ResponseRequest, progress: _Progress) -> bool:
-        return not request.ignore_eos and progress.committed[-1] in self._eos_token_ids
+        return progress.committed[-1] in request.stop_ids(self._eos_token_ids)
 
     def _is_final(self, request: ResponseRequest, progress: _Progress) -> bool:
         """Whether the last attempt ended the response: it was generated, only its answer was lost."""
@@ -310,31 +318,27 @@ class ResubmitRollback:
             temperature=request.temperature,
             engine_temperature=temperature,
             history=(progress.history.uncertainty, progress.history.mean, progress.history.deviation),
-            stop_token_ids=() if request.ignore_eos else self._eos_token_ids,
+            stop_token_ids=request.stop_ids(self._eos_token_ids),
             watched=listener is not None,
+            adjustments=progress.adjustments,
         )
         seed = request.seed
         if seed is not None:
             seed = attempt_seed(seed, progress.segment, progress.attempt)
         wants_tokens = listener is not None and listener.wants_tokens
-        params = SamplingParams(
+        params = submission_params(
+            request,
+            self._sentinel_ids,
             temperature=temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            logprobs=request.top_logprobs if wants_tokens else None,
             seed=seed,
             max_tokens=request.max_tokens - len(progress.committed) + SENTINEL_TOKENS,
-            ignore_eos=True,
-            stop_token_ids=list(self._sentinel_ids),
-            detokenize=False,
-            skip_clone=True,
+            wants_tokens=wants_tokens,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
             stream_interval=None if listener is None or wants_tokens else UNWATCHED_TOKENS,
             extra_args=submission.extra_args(),
         )
         # In this form vLLM takes token ids as they are; as a prompt they would go through its pool of threads.
-        prompt = tokens_input(request.prompt_token_ids + progress.committed)
+        prompt = tokens_input(request.prompt_token_ids + progress.committed, cache_salt=request.extras.cache_salt)
         return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if progress.attempts else 0)
 
     def _take(self, record: JudgementRecord, sampled: _Sampled, progress: _Progress, listener: Listener | None) -> None:

@@ -48,6 +48,8 @@ class StubReplica:
         self.script = script
         self.gate = gate
         self.said_before_gate = said_before_gate
+        self.ends = True
+        """Whether a response ends with the end-of-sequence token, unless that is ignored."""
         self.failures: list[Exception] = []
         self.pause_failures: list[Exception] = []
         self.dies_after: list[int] = []
@@ -59,7 +61,7 @@ class StubReplica:
 
     async def start(self) -> EngineFacts:
         self.calls.append("start")
-        return EngineFacts(0, 1024, (EOS,), 320, {})
+        return EngineFacts(0, 1024, (EOS,), 320, {}, sentinel_ids=(318, 319))
 
     async def generate(self, request: ResponseRequest, listener: Any) -> Trajectory:
         self.requests.append(request)
@@ -92,7 +94,7 @@ class StubReplica:
                 await self.gate.wait()
             await asyncio.sleep(0)
             token_ids = self.tokenizer(text)["input_ids"] if text else []
-            if place == len(script) - 1 and not request.ignore_eos:
+            if place == len(script) - 1 and self.ends and not request.ignore_eos:
                 token_ids.append(EOS)
             attempt = attempt_of(
                 token_ids,
@@ -138,6 +140,14 @@ class StubReplica:
             policy=request.policy,
             reused_prefix_tokens=reused,
         )
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> list[Any]:
+        """Each token has the log-prob of its place, and rank 1 or, if others are asked for too, one after them."""
+        self.calls.append(f"score {len(prompt_token_ids)}")
+        scores: list[Any] = [None]
+        for place, token in enumerate(prompt_token_ids[1:], 1):
+            scores.append({token: (-float(place), top + 1), **{other: (-0.5, other + 1) for other in range(top)}})
+        return scores
 
     async def probe(self) -> None:
         self.calls.append("probe")

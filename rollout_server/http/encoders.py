@@ -260,6 +260,10 @@ class ChatEncoder(OpenAIEncoder):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, form: AnswerForm, texts: Texts) -> None:
+        super().__init__(form, texts)
+        self._told_prompt = False
+
     def chunk(self, choice: Choice, chunk: Chunk) -> bytes:
         if choice.introduced:
             return super().chunk(choice, chunk)
@@ -275,8 +279,6 @@ class ChatEncoder(OpenAIEncoder):
     def _prompt_once(self, choice: Choice) -> dict[str, Any]:
         told, self._told_prompt = self._told_prompt, True
         return {"prompt_token_ids": choice.request.prompt_token_ids} if self.form.token_ids and not told else {}
-
-    _told_prompt = False
 
     def new_text(self, choice: Choice, chunk: Chunk) -> dict[str, Any]:
         logprobs = None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from jinja2.exceptions import TemplateError
 
 from rollout_server.http.errors import bad_request
-from rollout_server.http.schema.chat_request import ChatRequest, TemplateRequest
+from rollout_server.http.schema.chat_request import Message, TemplateOptions
 from rollout_server.http.schema.sampling import SamplingRequest
 
 Result = TypeVar("Result")
@@ -32,7 +32,8 @@ class Truncation:
         if keep > max_length:
             text = f"truncate_prompt_tokens ({keep}) exceeds the model's length of {max_length} tokens"
             raise bad_request(text, "truncate_prompt_tokens")
-        return cls(max(max_length - max_tokens, 1) if keep == -1 else keep, body.truncation_side)
+        # One more place: of the sentinel that erasure needs.
+        return cls(max(max_length - max_tokens - 1, 1) if keep == -1 else keep, body.truncation_side)
 
     def apply(self, token_ids: list[int]) -> list[int]:
         return token_ids[: self.keep] if self.side == "right" else token_ids[-self.keep :]
@@ -57,7 +58,9 @@ async def completion_prompts(
     return prompts
 
 
-async def chat_prompt(tokenizer: Any, body: TemplateRequest, special: bool = False) -> list[int]:
+async def chat_prompt(
+    tokenizer: Any, messages: list[Message], options: TemplateOptions, special: bool = False
+) -> list[int]:
     """Token ids of a conversation as the model's chat template renders it.
 
     Raises:
@@ -69,27 +72,23 @@ async def chat_prompt(tokenizer: Any, body: TemplateRequest, special: bool = Fal
             "messages",
             "no_chat_template",
         )
-    text = await asyncio.to_thread(_rendered, tokenizer, body)
+    text = await asyncio.to_thread(_rendered, tokenizer, messages, options)
     token_ids = await tokenized(tokenizer, text, special=special)
     if not token_ids:
         raise bad_request("the conversation has no tokens", "messages")
     return token_ids
 
 
-def _rendered(tokenizer: Any, body: TemplateRequest) -> str:
-    variables = dict(body.chat_template_kwargs or {})
-    if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
-        variables.setdefault("enable_thinking", body.reasoning_effort != "none")
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
+def _rendered(tokenizer: Any, messages: list[Message], options: TemplateOptions) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
-            [message.for_template() for message in body.messages],
-            tools=[tool.for_template() for tool in body.tools] if body.tools else None,
-            documents=body.documents,
+            [message.for_template() for message in messages],
+            tools=[tool.for_template() for tool in options.tools] if options.tools else None,
+            documents=options.documents,
             tokenize=False,
-            add_generation_prompt=body.begins_a_turn,
-            continue_final_message=body.continue_final_message,
-            **variables,
+            add_generation_prompt=options.begins_a_turn,
+            continue_final_message=options.continue_final_message,
+            **options.template_variables,
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         # A template is a program, which fails in its own way over what it does not expect.

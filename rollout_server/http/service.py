@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
-from common.trajectory import ResponseRequest
+from common.trajectory import NO_EXTRAS, ResponseRequest, SamplingExtras
 from rollout_server.http.admission import Admission
 from rollout_server.http.choice import Choice, ChoiceOptions
 from rollout_server.http.detokenize import TextCursor, TextOptions, TokenTexts
 from rollout_server.http.errors import ApiError, bad_request, from_validation
+from rollout_server.http.extras import check_extras
 from rollout_server.http.generation import Generation
 from rollout_server.http.metrics import ServerMetrics
 from rollout_server.http.replicas import EngineFacts, ReplicaSet
@@ -121,6 +122,11 @@ class Service:
                     "erasure.segmentation.delimiter",
                 )
             self._delimiters.add(delimiter)
+
+    def check_extras(self, extras: SamplingExtras, policy: ErasurePolicy | None) -> None:
+        """400 for sampling parameters that this model cannot have."""
+        if extras != NO_EXTRAS:
+            check_extras(extras, policy, self.facts, self.tokenizer)
 
     def check_temperature(self, policy: ErasurePolicy | None, temperature: float) -> None:
         """400 if erasure would bring back what it erased."""

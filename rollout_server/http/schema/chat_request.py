@@ -4,10 +4,9 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from rollout_server.http.schema.base import MAX_TOKENS, RequestModel
-from rollout_server.http.schema.neutral import neutral
+from rollout_server.http.schema.neutral import Neutral
 from rollout_server.http.schema.sampling import (
     MAX_TOP_LOGPROBS,
     NO_MEDIA,
@@ -88,10 +87,10 @@ class Message(RequestModel):
     tool_call_id: Name | None = None
     reasoning: str | None = Field(default=None, description="The assistant's, where the template shows it.")
     reasoning_content: str | None = Field(default=None, description="The older name of reasoning.")
-    refusal: neutral(Literal[""], "the template knows no refusals: put the text into content") = None
-    audio: neutral(EmptyObject, NO_MEDIA) = None
-    function_call: neutral(EmptyObject, "the older form of tool_calls") = None
-    annotations: neutral(EmptyList, "the template knows no annotations") = None
+    refusal: Annotated[Literal[""] | None, Neutral("the template knows no refusals: put the text into content")] = None
+    audio: Annotated[EmptyObject | None, Neutral(NO_MEDIA)] = None
+    function_call: Annotated[EmptyObject | None, Neutral("the older form of tool_calls")] = None
+    annotations: Annotated[EmptyList | None, Neutral("the template knows no annotations")] = None
 
     @model_validator(mode="after")
     def _fields_belong_to_the_role(self) -> "Message":
@@ -99,7 +98,7 @@ class Message(RequestModel):
             if getattr(self, name) and self.role != role:
                 raise ValueError(f"{name} can only be given in messages with role {role}")
         if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing", "content is required")
+            raise ValueError(f"content is required in messages with role {self.role}")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -157,10 +156,9 @@ class Tool(RequestModel):
         return {"type": "function", "function": described}
 
 
-class TemplateRequest(RequestModel):
-    """What a chat template renders."""
+class TemplateOptions(RequestModel):
+    """What a chat template renders beside messages."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
     tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
         default=None, description="Rendered by the chat template."
     )
@@ -172,12 +170,14 @@ class TemplateRequest(RequestModel):
     documents: Annotated[list[dict[str, str]], Field(max_length=256)] | None = Field(
         default=None, description="For templates that show documents."
     )
-    chat_template: neutral(Literal[""], "a template is a program: the server runs only its model's own") = None
-    media_io_kwargs: neutral(EmptyObject, NO_MEDIA) = None
-    mm_processor_kwargs: neutral(EmptyObject, NO_MEDIA) = None
+    chat_template: Annotated[
+        Literal[""] | None, Neutral("a template is a program: the server runs only its model's own")
+    ] = None
+    media_io_kwargs: Annotated[EmptyObject | None, Neutral(NO_MEDIA)] = None
+    mm_processor_kwargs: Annotated[EmptyObject | None, Neutral(NO_MEDIA)] = None
 
     @model_validator(mode="after")
-    def _template_can_be_used(self) -> "TemplateRequest":
+    def _template_can_be_used(self) -> "TemplateOptions":
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         for name in self.chat_template_kwargs or ():
@@ -190,18 +190,26 @@ class TemplateRequest(RequestModel):
         given = self.add_generation_prompt
         return not self.continue_final_message if given is None else given
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        return dict(self.chat_template_kwargs or {})
 
-class ChatRequest(SamplingRequest, TemplateRequest):
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+
+
+class ChatRequest(SamplingRequest, TemplateOptions):
     """As OpenAI's, with the `erasure` object."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
+    messages: Messages
     max_completion_tokens: int | None = Field(
         default=None, ge=0, le=MAX_TOKENS, description="The newer name of max_tokens; give one of the two."
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS, description="Needs logprobs: true.")
-    tool_choice: neutral(Literal["none", "auto"], FORCED) = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, Neutral(FORCED)] = None
     parallel_tool_calls: bool | None = Field(default=None, description="Accepted; calls are not taken out of the text.")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None, description="A variable of the chat template; enable_thinking is true unless it is none."
@@ -211,21 +219,29 @@ class ChatRequest(SamplingRequest, TemplateRequest):
     )
     safety_identifier: Name | None = Field(default=None, description="Accepted without effect.")
     prompt_cache_key: Name | None = Field(default=None, description="Accepted; every prefix is cached.")
-    prompt_cache_retention: neutral(Literal["in_memory", "in-memory"], "prefixes are kept in memory only") = None
-    prompt_cache_options: neutral(EmptyObject, "every prefix is cached; use cache_salt to share none") = None
-    store: neutral(Literal[False], NO_STORE) = None
-    service_tier: neutral(Literal["auto", "default"], "there is one service for all") = None
-    modalities: neutral(Annotated[list[Literal["text"]], Field(max_length=1)], NO_MEDIA) = None
-    audio: neutral(EmptyObject, NO_MEDIA) = None
-    prediction: neutral(EmptyObject, "nothing is predicted beforehand") = None
-    moderation: neutral(EmptyObject, "there is no moderation") = None
-    verbosity: neutral(Literal["medium"], "the model has no such setting: ask for it in a message") = None
-    web_search_options: neutral(EmptyObject, "this server searches nothing") = None
-    functions: neutral(EmptyList, "the older form of tools") = None
-    function_call: neutral(Literal["none", "auto"], "the older form of tool_choice") = None
-    echo: neutral(Literal[False], "use continue_final_message, and put the message before the answer") = None
-    include_reasoning: neutral(Literal[True], "reasoning is not told from other text") = None
-    return_prompt_text: neutral(Literal[False], "use return_token_ids and /detokenize") = None
+    prompt_cache_retention: Annotated[
+        Literal["in_memory", "in-memory"] | None, Neutral("prefixes are kept in memory only")
+    ] = None
+    prompt_cache_options: Annotated[
+        EmptyObject | None, Neutral("every prefix is cached; use cache_salt to share none")
+    ] = None
+    store: Annotated[Literal[False] | None, Neutral(NO_STORE)] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, Neutral("there is one service for all")] = None
+    modalities: Annotated[Annotated[list[Literal["text"]], Field(max_length=1)] | None, Neutral(NO_MEDIA)] = None
+    audio: Annotated[EmptyObject | None, Neutral(NO_MEDIA)] = None
+    prediction: Annotated[EmptyObject | None, Neutral("nothing is predicted beforehand")] = None
+    moderation: Annotated[EmptyObject | None, Neutral("there is no moderation")] = None
+    verbosity: Annotated[
+        Literal["medium"] | None, Neutral("the model has no such setting: ask for it in a message")
+    ] = None
+    web_search_options: Annotated[EmptyObject | None, Neutral("this server searches nothing")] = None
+    functions: Annotated[EmptyList | None, Neutral("the older form of tools")] = None
+    function_call: Annotated[Literal["none", "auto"] | None, Neutral("the older form of tool_choice")] = None
+    echo: Annotated[
+        Literal[False] | None, Neutral("use continue_final_message, and put the message before the answer")
+    ] = None
+    include_reasoning: Annotated[Literal[True] | None, Neutral("reasoning is not told from other text")] = None
+    return_prompt_text: Annotated[Literal[False] | None, Neutral("use return_token_ids and /detokenize")] = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "ChatRequest":
@@ -244,3 +260,11 @@ class ChatRequest(SamplingRequest, TemplateRequest):
     @property
     def length_name(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        variables = super().template_variables
+        if self.reasoning_effort is not None:
+            variables.setdefault("enable_thinking", self.reasoning_effort != "none")
+            variables["reasoning_effort"] = self.reasoning_effort
+        return variables

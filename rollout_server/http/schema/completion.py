@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from rollout_server.http.schema.base import MAX_CHOICES, AnswerModel, TokenIds
 from rollout_server.http.schema.erasure import ErasureEvent, ErasureReport
-from rollout_server.http.schema.neutral import neutral
+from rollout_server.http.schema.neutral import Neutral
 from rollout_server.http.schema.sampling import MAX_TOP_LOGPROBS, EmptyList, PromptLogprobs, SamplingRequest
 from rollout_server.http.schema.usage import Usage
 
@@ -43,8 +43,8 @@ class CompletionRequest(SamplingRequest):
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         default=None, description="Only n: all that is generated is answered."
     )
-    suffix: neutral(Literal[""], "the model writes after a prompt, not between two texts") = None
-    prompt_embeds: neutral(EmptyList, "prompts are text or token ids") = None
+    suffix: Annotated[Literal[""] | None, Neutral("the model writes after a prompt, not between two texts")] = None
+    prompt_embeds: Annotated[EmptyList | None, Neutral("prompts are text or token ids")] = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "CompletionRequest":

@@ -15,7 +15,7 @@ from rollout_server.http.schema.base import (
     TokenId,
 )
 from rollout_server.http.schema.erasure import ErasureOptions
-from rollout_server.http.schema.neutral import neutral
+from rollout_server.http.schema.neutral import Neutral
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Name = Annotated[str, Field(max_length=1024)]
@@ -38,7 +38,9 @@ class StreamOptions(RequestModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = Field(default=False, description="Needs include_usage: usage of each choice so far.")
-    include_obfuscation: neutral(Literal[False], "nothing is added to hide the lengths of chunks") = None
+    include_obfuscation: Annotated[Literal[False] | None, Neutral("nothing is added to hide the lengths of chunks")] = (
+        None
+    )
 
 
 class TextFormat(RequestModel):
@@ -124,23 +126,23 @@ class SamplingRequest(RequestModel):
     user: Name | None = Field(default=None, description="Named in the server's log.")
     erasure: ErasureOptions | None = None
 
-    length_penalty: neutral(Literal[1], NO_BEAMS) = None
-    use_beam_search: neutral(Literal[False], NO_BEAMS) = None
-    priority: neutral(Literal[0], "clients take turns, so none goes before others") = None
-    logprob_token_ids: neutral(EmptyList, "ask for logprobs of the likeliest tokens") = None
-    structured_outputs: neutral(EmptyObject, "use response_format") = None
-    repetition_detection: neutral(EmptyObject, "give stop or max_tokens") = None
-    thinking_token_budget: neutral(Literal[-1], "reasoning is not told from other text") = None
-    stream_interval: neutral(Literal[1], "chunks come when segments are accepted, or at once") = None
+    length_penalty: Annotated[Literal[1] | None, Neutral(NO_BEAMS)] = None
+    use_beam_search: Annotated[Literal[False] | None, Neutral(NO_BEAMS)] = None
+    priority: Annotated[Literal[0] | None, Neutral("clients take turns, so none goes before others")] = None
+    logprob_token_ids: Annotated[EmptyList | None, Neutral("ask for logprobs of the likeliest tokens")] = None
+    structured_outputs: Annotated[EmptyObject | None, Neutral("use response_format")] = None
+    repetition_detection: Annotated[EmptyObject | None, Neutral("give stop or max_tokens")] = None
+    thinking_token_budget: Annotated[Literal[-1] | None, Neutral("reasoning is not told from other text")] = None
+    stream_interval: Annotated[Literal[1] | None, Neutral("chunks come when segments are accepted, or at once")] = None
     session_id: Name | None = Field(default=None, description="Accepted; every prefix is cached for all sessions.")
-    watermarking: neutral(Literal[False], "there is no watermark") = None
-    kv_transfer_params: neutral(EmptyObject, NOT_HERE) = None
-    ec_transfer_params: neutral(EmptyObject, NOT_HERE) = None
-    vllm_xargs: neutral(EmptyObject, "these arguments steer the engine itself") = None
-    routed_experts_prompt_start: neutral(Literal[0], NOT_HERE) = None
-    return_token_offsets: neutral(Literal[False], "it belongs to vLLM's render routes") = None
-    mm_payload: neutral(Literal["tensors", "none"], NO_MEDIA) = None
-    return_mm_kwargs: neutral(Literal[False], NO_MEDIA) = None
+    watermarking: Annotated[Literal[False] | None, Neutral("there is no watermark")] = None
+    kv_transfer_params: Annotated[EmptyObject | None, Neutral(NOT_HERE)] = None
+    ec_transfer_params: Annotated[EmptyObject | None, Neutral(NOT_HERE)] = None
+    vllm_xargs: Annotated[EmptyObject | None, Neutral("these arguments steer the engine itself")] = None
+    routed_experts_prompt_start: Annotated[Literal[0] | None, Neutral(NOT_HERE)] = None
+    return_token_offsets: Annotated[Literal[False] | None, Neutral("it belongs to vLLM's render routes")] = None
+    mm_payload: Annotated[Literal["tensors", "none"] | None, Neutral(NO_MEDIA)] = None
+    return_mm_kwargs: Annotated[Literal[False] | None, Neutral(NO_MEDIA)] = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "SamplingRequest":
