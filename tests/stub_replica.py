@@ -157,6 +157,10 @@ class StubReplica:
         self.checksum = update.checksum
         return update.checksum
 
+    async def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return self.under_way == 0
+
     async def pause(self, mode: str) -> None:
         self.calls.append(f"pause {mode}")
         if self.pause_failures:

@@ -74,6 +74,12 @@ class LocalReplica:
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         return await self.engine.sync(update, deadline_seconds)
 
+    async def reset_prefix_cache(self) -> bool:
+        try:
+            return await self.engine.reset_prefix_cache()
+        except EngineDeadError as error:
+            raise ReplicaLost("the engine died") from error
+
     async def pause(self, mode: str) -> None:
         try:
             await self.engine.pause(mode)

@@ -116,6 +116,9 @@ class ReplicaActor:
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         return await self._replica.sync(update, deadline_seconds)
 
+    async def reset_prefix_cache(self) -> bool:
+        return await self._replica.reset_prefix_cache()
+
     async def pause(self, mode: str) -> None:
         await self._replica.pause(mode)
 
@@ -220,6 +223,9 @@ class RayReplica:
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         checksum: str = await self._call(self._actor.sync.remote(update, deadline_seconds))
         return checksum
+
+    async def reset_prefix_cache(self) -> bool:
+        return bool(await self._call(self._actor.reset_prefix_cache.remote()))
 
     async def pause(self, mode: str) -> None:
         await self._call(self._actor.pause.remote(mode))

@@ -76,6 +76,10 @@ class Replica(Protocol):
         """Load weights; the checksum of what is then held. What is paused stays so."""
         ...
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; false while a request holds some."""
+        ...
+
     async def pause(self, mode: str) -> None: ...
 
     async def resume(self) -> None: ...
@@ -246,6 +250,11 @@ class ReplicaSet:
         while True:
             await asyncio.sleep(every_seconds)
             await asyncio.gather(*(self.probe(member) for member in self.ready))
+
+    async def reset_prefix_cache(self) -> bool:
+        """Whether all replicas forgot their cached prefixes; a restart forgets those of the dead."""
+        async with asyncio.timeout(self._sync_seconds):
+            return all(await asyncio.gather(*(member.replica.reset_prefix_cache() for member in self.ready)))
 
     async def pause(self, mode: str) -> None:
         """Stop generating on all replicas; after a `TimeoutError` nothing new is generated either, until `resume`."""

@@ -100,6 +100,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"response_format": {"type": "xml"}}, "response_format", "json_schema"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"nam": 1}}}, "response_format.json_schema.nam",
      "unknown"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "x" * 20_000}}}},
+     "response_format.json_schema", "at most 16384"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0]", "content is required"),
     (CHAT, {"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, "messages[0]", "role tool"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "text"),
@@ -410,6 +412,7 @@ async def test_service_routes() -> None:
         await server.admin.post("/pause", json={"mode": "keep"})
         assert (await server.client.get("/is_paused")).json() == {"is_paused": True}
         await server.admin.post("/resume", json={})
+        assert (await server.admin.post("/reset_prefix_cache")).json() == {"success": True}
         page = await server.client.get("/docs")
         assert "http" not in page.text.replace("http://www.w3.org", ""), "the page needs the internet"
         for name in ("swagger-ui-bundle.js", "swagger-ui.css"):

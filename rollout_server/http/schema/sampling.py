@@ -63,6 +63,12 @@ class JsonSchema(RequestModel):
     schema_: dict[str, Any] = Field(default_factory=lambda: {"type": "object"}, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _schema_is_short(self) -> "JsonSchema":
+        if (length := len(json.dumps(self.schema_))) > MAX_SCHEMA_CHARACTERS:
+            raise ValueError(f"the schema has {length} characters; at most {MAX_SCHEMA_CHARACTERS} are allowed")
+        return self
+
 
 class JsonSchemaFormat(RequestModel):
     """JSON of a schema."""
