@@ -9,6 +9,8 @@ from common.config.erasure import ErasurePolicy
 from common.threshold import History
 
 EXTRA_ARG = "e3rl"
+PLAIN_ARG = "e3rl_plain"
+"""Of a request without a monitor: its uid, by which is said that its logits were not finite."""
 
 
 class Submission(msgspec.Struct, frozen=True):

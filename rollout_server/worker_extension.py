@@ -32,10 +32,21 @@ class WorkerExtension:
         """Take over the statistics of a checkpoint."""
         self._e3rl_processor().restore_priors(priors)
 
-    def e3rl_weight_checksum(self) -> str | None:
-        """Checksum of the weights that were loaded last; None before the first sync and after a failed one."""
+    def e3rl_weights_loaded(self, version: int) -> str | None:
+        """The weights that were loaded last are `version`. Returns their checksum; None after a failed update."""
         engine: HostWeightTransfer = self.weight_transfer_engine
+        self._e3rl_processor().version = version
         return engine.checksum
+
+    def e3rl_non_finite(self, uid: int) -> int | None:
+        """See `SegmentMonitorProcessor.non_finite`."""
+        return self._e3rl_processor().non_finite(uid)
+
+    def e3rl_zero_new_blocks(self) -> None:
+        """Get ready to clear KV blocks as `rollout_server.scheduling` says; on CPU the runner always is."""
+        runner = self.model_runner
+        if runner.device.type != "cpu" and not hasattr(runner, "_kv_block_zeroer"):
+            runner._init_kv_zero_meta()
 
     def e3rl_abandon_weight_update(self) -> None:
         """Close an update that was not finished, if there is one, so that the next one can start."""
