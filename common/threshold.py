@@ -11,10 +11,11 @@ from common.config.erasure import ErasurePolicy
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """What is known of U at one segment index when a segment is judged, the judged one included if it is observed.
+    """What is known of U when a segment is judged, the judged one included if it is observed.
 
-    `count`, `mean`, `variance` (population): over this group's observations so far. `prior_mean` and
-    `prior_variance`: over earlier groups, worth `prior_strength` observations (0 when there were none).
+    Of its index, or of all segments, as `ErasurePolicy.statistics` says. `count`, `mean`, `variance` (population):
+    over this group's observations so far. `prior_mean` and `prior_variance`: over earlier groups, worth
+    `prior_strength` observations (0 when there were none).
     """
 
     count: float
@@ -98,12 +99,13 @@ def is_erased(
     segment_tokens: int,
     erased_token_limit: int,
 ) -> bool:
-    """The verdict: whether this attempt is erased (section 5).
+    """The verdict: whether this attempt is erased (section 5). Nothing below `policy.min_uncertainty` is (ours).
 
     `erased_tokens`: erased from this response before; with this segment's they may not exceed `erased_token_limit`.
     """
     return (
         uncertainty > threshold
+        and uncertainty >= policy.min_uncertainty
         and erasures < policy.max_erasures
         and erased_tokens + segment_tokens <= erased_token_limit
     )

@@ -106,7 +106,7 @@ class ErasableEngine:
                 if sentinels := set(started.sentinel_ids) & set(started.eos_token_ids):
                     await started.close()
                     raise NoSentinelsError(f"sentinel id {min(sentinels)} ends this model's responses: choose another")
-                await llm.collective_rpc("e3rl_zero_new_blocks")
+                await llm.collective_rpc("e3rl_clear_new_blocks")
                 await llm.update_weight_version(str(version))
                 started.version = version
         except TimeoutError:
@@ -154,8 +154,14 @@ class ErasableEngine:
     async def settle(self) -> None:
         """Release what aborted submissions hold in the monitor."""
         aborted, self._rollback.aborted = self._rollback.aborted, []
-        if aborted:
+        if not aborted:
+            return
+        try:
             await self._llm.collective_rpc("e3rl_release", args=(aborted,))
+        except BaseException:
+            # Whoever called may be cancelled meanwhile; to release twice does nothing.
+            self._rollback.aborted += aborted
+            raise
 
     async def counters(self) -> dict[str, int]:
         """What the monitor holds and what erasures cost.

@@ -24,7 +24,7 @@ from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, V
 from common.weights import NonFiniteLogits
 from rollout_server.monitor import Field
 from rollout_server.records import JudgementRecord, NonFiniteRecord, Record
-from rollout_server.submission import Submission, policy_json
+from rollout_server.submission import Submission, policy_json, statistics_kind
 
 RECORD_SECONDS = 60.0
 SENTINEL_TOKENS = 1
@@ -107,8 +107,9 @@ class _Mailbox:
 
 @dataclass(slots=True)
 class _Progress:
-    """A response under way: what is committed, and where the next submission goes on."""
+    """A response under way: what is committed, and where the next submission goes on. `kind`: of its statistics."""
 
+    kind: str
     committed: list[int] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     segment: int = 0
@@ -218,7 +219,7 @@ class ResubmitRollback:
         policy = request.policy
         if policy is None:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
-        progress = _Progress()
+        progress = _Progress(statistics_kind(request, policy))
         for attempt in request.resume_from:
             progress.add(attempt)
         progress.finished = bool(progress.attempts) and self._is_final(request, progress)
@@ -309,6 +310,7 @@ class ResubmitRollback:
             group=request.group_id,
             group_size=request.group_size,
             policy=policy_json(policy),
+            kind=progress.kind,
             erasable=request.erasable,
             position=len(progress.committed),
             segment=progress.segment,

@@ -1,5 +1,6 @@
 """What travels with a vLLM request to the monitor, in `SamplingParams.extra_args`."""
 
+import hashlib
 from functools import lru_cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import msgspec
 
 from common.config.erasure import ErasurePolicy
 from common.threshold import History
+from common.trajectory import ResponseRequest
 
 EXTRA_ARG = "e3rl"
 PLAIN_ARG = "e3rl_plain"
@@ -17,15 +19,16 @@ class Submission(msgspec.Struct, frozen=True):
     """One vLLM request of a response: the whole response, or its rest after an erasure.
 
     It holds all that the monitor must know, so that a response can be resumed on any replica. `uid` is unique in an
-    engine. `policy`: JSON of an `ErasurePolicy`. `stop_token_ids`: tokens that end the response. `watched`: each
-    judgement is wanted at once, not only when the request ends. It travels as one string, because vLLM makes deep
-    copies of what is in `extra_args`.
+    engine. `policy`: JSON of an `ErasurePolicy`. `kind`: from `statistics_kind`. `stop_token_ids`: tokens that end the
+    response. `watched`: each judgement is wanted at once, not only when the request ends. It travels as one string,
+    because vLLM makes deep copies of what is in `extra_args`.
     """
 
     uid: int
     group: str
     group_size: int
     policy: str
+    kind: str
     erasable: bool
     position: int
     segment: int
@@ -51,11 +54,6 @@ class Submission(msgspec.Struct, frozen=True):
         return _DECODER.decode(extra_args[EXTRA_ARG])
 
     @property
-    def kind(self) -> str:
-        """The same for responses that are segmented and measured in the same way, whose statistics are comparable."""
-        return _kind(self.policy)
-
-    @property
     def parsed_policy(self) -> ErasurePolicy:
         return _parse_policy(self.policy)
 
@@ -74,9 +72,55 @@ def policy_json(policy: ErasurePolicy) -> str:
     return policy.model_dump_json()
 
 
-@lru_cache(maxsize=1024)
-def _kind(policy: str) -> str:
-    return _parse_policy(policy).model_dump_json(include={"segmentation", "signal", "window", "weights"})
+NOT_OF_A_KIND = frozenset(
+    {
+        "prompt_id",
+        "group_id",
+        "group_size",
+        "sample",
+        "seed",
+        "prompt_token_ids",
+        "max_tokens",
+        "top_logprobs",
+        "policy",
+        "erasable",
+        "resume_from",
+    }
+)
+"""The policy, and fields of a `ResponseRequest` that leave the distribution of a segment's U as it is.
+
+The token limit, too: it shortens a response's last segment only, and clients choose it freely. All other fields belong
+to the kind, a new one as well: to compare too little is harmless, to mix is not.
+"""
+
+POLICY_NOT_OF_A_KIND = frozenset(
+    {
+        "min_uncertainty",
+        "kappa",
+        "gamma",
+        "eta",
+        "max_erasures",
+        "regeneration_budget",
+        "retry_temperature",
+        "threshold",
+        "prior_strength",
+        "prior_decay",
+    }
+)
+"""Fields of an `ErasurePolicy` that say what follows from U.
+
+The retry temperature belongs to the kind only where retries are observed.
+"""
+
+
+def statistics_kind(request: ResponseRequest, policy: ErasurePolicy) -> str:
+    """The same for responses whose segments are made and measured in the same way: only their U are comparable.
+
+    A digest, since what truncates or biases sampling may be long.
+    """
+    of_policy = POLICY_NOT_OF_A_KIND - {"retry_temperature"} if policy.observe == "all" else POLICY_NOT_OF_A_KIND
+    settings = request.model_dump_json(exclude=set(NOT_OF_A_KIND)) + policy.model_dump_json(exclude=set(of_policy))
+    return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
 
 @lru_cache(maxsize=1024)

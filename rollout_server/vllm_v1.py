@@ -50,17 +50,24 @@ class _Followed:
     ended: bool = False
 
 
-@dataclass(slots=True)
-class _Group:
-    """Responses judged together: row of the statistics, how many there are, and where they are folded.
-
-    `finished`: the last submissions of those that have finished.
-    """
+@dataclass(frozen=True, slots=True)
+class _Statistics:
+    """Rows of a group's statistics and of the prior that they are folded into, with its decay."""
 
     row: int
-    size: int
     prior: int
     decay: float
+
+
+@dataclass(slots=True)
+class _Group:
+    """Responses judged together and how many there are; `finished`: the last submissions of those that have finished.
+
+    `statistics`, by kind: only what is comparable is compared, so a group in which temperatures differ has several.
+    """
+
+    size: int
+    statistics: dict[str, "_Statistics"] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
 
 
@@ -102,6 +109,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._step = 0
         self._groups: dict[str, _Group] = {}
         self._free_group_rows: list[int] = []
+        self._group_rows = 0
         self._priors: OrderedDict[str, int] = OrderedDict()
         self._token_tables: dict[str | tuple[int, ...], int] = {"": 0, (): 0}
         end_with_parent()
@@ -269,7 +277,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
 
     def _open(self, submission: Submission, output_ids: list[int]) -> _Followed:
         policy = submission.parsed_policy
-        group = self._groups.get(submission.group) or self._open_group(submission, policy)
+        statistics = self._statistics(submission, policy)
         if not self._free_slots:
             self._free_slots.append(self._slots)
             self._slots += 1
@@ -290,8 +298,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 history=submission.parsed_history,
                 delimiters=self._delimiter_table(policy),
                 stops=self._token_table(submission.stop_token_ids),
-                group=group.row,
-                prior=group.prior,
+                group=statistics.row,
+                prior=statistics.prior,
             ),
         )
         followed = _Followed(
@@ -300,12 +308,19 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._followed[submission.uid] = followed
         return followed
 
-    def _open_group(self, submission: Submission, policy: ErasurePolicy) -> _Group:
-        row = self._free_group_rows.pop() if self._free_group_rows else len(self._groups)
-        self._monitor.open_group(row)
-        group = _Group(row, submission.group_size, self._prior_row(submission.kind), policy.prior_decay)
-        self._groups[submission.group] = group
-        return group
+    def _statistics(self, submission: Submission, policy: ErasurePolicy) -> _Statistics:
+        """Where a response is counted; the first of a group and kind opens it."""
+        group = self._groups.setdefault(submission.group, _Group(submission.group_size))
+        statistics = group.statistics.get(submission.kind)
+        if statistics is None:
+            if not self._free_group_rows:
+                self._free_group_rows.append(self._group_rows)
+                self._group_rows += 1
+            row = self._free_group_rows.pop()
+            self._monitor.open_group(row)
+            statistics = _Statistics(row, self._prior_row(submission.kind), policy.prior_decay)
+            group.statistics[submission.kind] = statistics
+        return statistics
 
     def _member_finished(self, name: str, uid: int) -> None:
         """Count a response by its last submission: one may finish here and be reported as aborted too."""
@@ -314,8 +329,9 @@ class SegmentMonitorProcessor(LogitsProcessor):
             return
         group.finished.add(uid)
         if len(group.finished) == group.size:
-            self._monitor.close_group(group.row, group.prior, group.decay)
-            self._free_group_rows.append(group.row)
+            for statistics in group.statistics.values():
+                self._monitor.close_group(statistics.row, statistics.prior, statistics.decay)
+                self._free_group_rows.append(statistics.row)
             del self._groups[name]
 
     def _forget(self, followed: _Followed) -> None:
@@ -325,13 +341,18 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._free_slots.append(followed.slot)
 
     def _prior_row(self, key: str) -> int:
-        """Row of the prior for responses of one kind."""
+        """Row of the prior for responses of one kind; the one that was used least lately gives its row to a new one.
+
+        Not where a group that is open will be folded into it, or is judged by it: then there are more for a while.
+        """
         if key in self._priors:
             self._priors.move_to_end(key)
             return self._priors[key]
         row = len(self._priors)
         if row >= PRIORS_KEPT:
-            _, row = self._priors.popitem(last=False)
+            in_use = {kind for group in self._groups.values() for kind in group.statistics}
+            oldest = next((kind for kind in self._priors if kind not in in_use), None)
+            row = row if oldest is None else self._priors.pop(oldest)
         self._monitor.clear_prior(row)
         self._priors[key] = row
         return row

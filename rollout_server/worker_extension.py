@@ -1,6 +1,9 @@
 """What vLLM's workers can do beyond vLLM: called by the engine through `collective_rpc`. Run with vllm 0.32."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rollout_server.vllm_v1 import SegmentMonitorProcessor
 from rollout_server.weight_transfer import HostWeightTransfer
@@ -42,10 +45,15 @@ class WorkerExtension:
         """See `SegmentMonitorProcessor.non_finite`."""
         return self._e3rl_processor().non_finite(uid)
 
-    def e3rl_zero_new_blocks(self) -> None:
-        """Get ready to clear KV blocks as `rollout_server.scheduling` says; on CPU the runner always is."""
+    def e3rl_clear_new_blocks(self) -> None:
+        """Get ready to clear the KV blocks that `rollout_server.scheduling` names.
+
+        On CPU vLLM's own runner clears those of layers with full attention only.
+        """
         runner = self.model_runner
-        if runner.device.type != "cpu" and not hasattr(runner, "_kv_block_zeroer"):
+        if runner.device.type == "cpu":
+            runner._zero_block_ids = partial(_clear, list(runner.kv_caches))
+        elif not hasattr(runner, "_kv_block_zeroer"):
             runner._init_kv_zero_meta()
 
     def e3rl_abandon_weight_update(self) -> None:
@@ -61,3 +69,10 @@ class WorkerExtension:
             if isinstance(processor, SegmentMonitorProcessor):
                 return processor
         raise RuntimeError("this engine runs without the segment monitor")
+
+
+def _clear(caches: list[torch.Tensor], blocks: list[int]) -> None:
+    """Zero blocks in the KV memory of every layer, `[blocks, ...]` each."""
+    index = torch.tensor(blocks)
+    for cache in caches:
+        cache.index_fill_(0, index, 0)

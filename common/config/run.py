@@ -168,7 +168,7 @@ class RunConfig(StrictModel):
     """A whole training run. `preset` changes defaults only; what the file or `--set` says wins over it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)
-    preset: Literal["e3rl", "paper", "grpo", "temperature_control"] = "e3rl"
+    preset: Literal["e3rl", "paper", "pretrained", "grpo", "temperature_control"] = "e3rl"
     runs_directory: str = "runs"
     seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(ge=1)

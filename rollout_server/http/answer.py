@@ -96,6 +96,8 @@ class GenerationAnswer(Response):
                 raise
             await self._fail(send, _shutting_down())
         except Exception as error:
+            if isinstance(error, NonFiniteLogits):
+                self._service.metrics.non_finite.inc()
             await self._fail(send, _api_error(error, scope[REQUEST_ID]))
 
     async def _generate(self, send: Send) -> None:

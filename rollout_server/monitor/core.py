@@ -138,7 +138,7 @@ class SegmentMonitor:
                 policy.segmentation.min_length, policy.segmentation.max_length, spec.limit,
                 spec.delimiters, spec.stops, spec.group, spec.prior,
                 policy.max_erasures if spec.erasable else 0, spec.erased_limit,
-                policy.observe == "all", policy.signal == "entropy",
+                policy.observe == "all", policy.signal == "entropy", policy.statistics == "index",
             ],
             self._xp.int64,
         )  # fmt: skip
@@ -148,7 +148,7 @@ class SegmentMonitor:
                 policy.weights.base, policy.weights.extreme, policy.weights.gradient,
                 policy.kappa, policy.gamma, policy.eta,
                 math.nan if policy.threshold is None else policy.threshold,
-                policy.prior_strength, spec.temperature, retry, spec.engine_temperature,
+                policy.prior_strength, spec.temperature, retry, spec.engine_temperature, policy.min_uncertainty,
             ]
         )  # fmt: skip
         self._count[slot] = 0
@@ -191,7 +191,7 @@ class SegmentMonitor:
         segmentation = spec.policy.segmentation
         for name in tokens:
             setattr(self, name, _grown(getattr(self, name), 1, min(segmentation.max_length, spec.limit)))
-        segments = -(-spec.limit // segmentation.min_length)
+        segments = -(-spec.limit // segmentation.min_length) if spec.policy.statistics == "index" else 1
         self._groups = _grown(self._groups, 1, segments)
         self._priors = _grown(self._priors, 1, segments)
 
@@ -272,17 +272,17 @@ class SegmentMonitor:
 
         Segments that end in the same step see each other, whatever their order in the batch.
         """
-        group, segment = ints[:, Int.GROUP], ints[:, Int.SEGMENT]
+        group, place = ints[:, Int.GROUP], ints[:, Int.SEGMENT] * ints[:, Int.BY_INDEX]
         observed = ended & ((ints[:, Int.ATTEMPT] == 0) | (ints[:, Int.OBSERVE_ALL] > 0))
         # Of weights that overflowed nothing is learnt: it would outlast them.
         observed &= uncertainty.isfinite()
         moments = columns([torch.ones_like(uncertainty), uncertainty, uncertainty**2])
         moments = torch.where(observed[:, None], moments, 0.0)
-        self._groups.index_put_((group, segment), moments, accumulate=True)
-        n, total, squares = self._groups[group, segment].T
+        self._groups.index_put_((group, place), moments, accumulate=True)
+        n, total, squares = self._groups[group, place].T
         mean = total / n.clip(1.0)
         variance = (squares / n.clip(1.0) - mean**2).clip(0.0)
-        known, prior_mean, prior_second = self._priors[ints[:, Int.PRIOR], segment].T
+        known, prior_mean, prior_second = self._priors[ints[:, Int.PRIOR], place].T
         strength = known * reals[:, Real.PRIOR_STRENGTH]
         prior_variance = (prior_second - prior_mean**2).clip(0.0)
         return columns([n, mean, variance, strength, prior_mean, prior_variance])

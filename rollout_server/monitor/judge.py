@@ -86,6 +86,7 @@ def judge(
     erased = (
         ended
         & (uncertainty > threshold)
+        & (uncertainty >= reals[:, Real.MIN_UNCERTAINTY])
         & (attempt < ints[:, Int.MAX_ERASURES])
         & (ints[:, Int.ERASED] + count <= ints[:, Int.ERASED_LIMIT])
     )

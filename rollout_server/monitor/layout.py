@@ -12,7 +12,10 @@ NO_SENTINEL = -1
 
 
 class Int(IntEnum):
-    """Columns of the integer state of a slot. `START`: of the segment under way."""
+    """Columns of the integer state of a slot.
+
+    `START`: of the segment under way. `BY_INDEX`: whether statistics are by its index, or of all segments.
+    """
 
     START = 0
     SEGMENT = 1
@@ -30,6 +33,7 @@ class Int(IntEnum):
     ERASED_LIMIT = 13
     OBSERVE_ALL = 14
     USES_ENTROPY = 15
+    BY_INDEX = 16
 
 
 class Past(IntEnum):
@@ -54,6 +58,7 @@ class Real(IntEnum):
     TEMPERATURE = 8
     RETRY_TEMPERATURE = 9
     ENGINE_TEMPERATURE = 10
+    MIN_UNCERTAINTY = 11
 
 
 class Field(IntEnum):

@@ -353,6 +353,60 @@ def test_the_verdict_equals_the_reference_at_every_limit(
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize("threshold", [None, 0.5], ids=["adaptive", "fixed"])
+def test_nothing_below_the_floor_is_erased(
+    on_host: bool, threshold: float | None, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+
+    def judged_with(floor: float) -> dict[int, list[float]]:
+        policy = ErasurePolicy(
+            segmentation=FixedSegmentation(length=6), kappa=-0.5, threshold=threshold, min_uncertainty=floor
+        )
+        monitor = monitor_for(policy, 6, on_host=on_host, limit=24)
+        return dict(rows(feed(monitor, logits[:6], tokens[:6])[-1][1]))
+
+    free = judged_with(0.0)
+    erased = sorted(fields[Field.UNCERTAINTY] for fields in free.values() if fields[Field.ERASED])
+    assert len(erased) > 2
+    floor = erased[1]
+    for slot, fields in judged_with(floor).items():
+        assert bool(fields[Field.ERASED]) == (bool(free[slot][Field.ERASED]) and fields[Field.UNCERTAINTY] >= floor)
+        policy = ErasurePolicy(kappa=-0.5, threshold=threshold, min_uncertainty=floor)
+        expected = is_erased(policy, fields[Field.UNCERTAINTY], fields[Field.THRESHOLD], 0, 0, 6, 40)
+        assert bool(fields[Field.ERASED]) == expected
+    assert sum(bool(fields[Field.ERASED]) for fields in judged_with(floor).values()) == len(erased) - 1
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_statistics_of_the_group_are_over_all_of_its_segments(
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=4), statistics="group", prior_decay=0.7)
+    monitor = monitor_for(policy, 6, on_host=on_host, limit=24, erasable=False)
+    prior: tuple[float, float] | None = None
+    for group in range(2):
+        observed: list[float] = []
+        monitor.open_group(0)
+        for slot in range(6):
+            monitor.open(slot, spec(policy, limit=24, erasable=False))
+        judged = feed(monitor, logits * (1.0 + 0.5 * group), tokens)
+        for _, result in judged:
+            observed += [fields[Field.UNCERTAINTY] for _, fields in rows(result)]
+            values = torch.tensor(observed, dtype=torch.float64)
+            for _, fields in rows(result):
+                assert fields[Field.COUNT] == len(observed)
+                assert fields[Field.MEAN] == pytest.approx(float(values.mean()), abs=1e-9)
+                assert fields[Field.VARIANCE] == pytest.approx(float(values.var(correction=0)), abs=1e-9)
+                assert fields[Field.PRIOR_MEAN] == pytest.approx(prior[0] if prior else 0.0, abs=1e-9)
+        assert len(observed) == 36
+        monitor.close_group(0, 0, policy.prior_decay)
+        prior = updated_prior(prior, (float(values.mean()), float(values.var(correction=0))), policy.prior_decay)
+    assert len(monitor.prior(0)) == 1
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
 def test_a_response_that_leaves_the_batch_is_measured_as_if_it_had_stayed(
     on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

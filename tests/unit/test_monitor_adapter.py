@@ -4,10 +4,12 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,11 +17,11 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
 from common.config import ErasurePolicy, FixedSegmentation
-from rollout_server.monitor import Judged
+from rollout_server.monitor import Field, Judged
 from rollout_server.plain_rows import PlainRows
 from rollout_server.records import Inbox, Outbox, Sender
 from rollout_server.submission import PLAIN_ARG, Submission, policy_json
-from rollout_server.vllm_v1 import DEPARTED_KEPT, SegmentMonitorProcessor
+from rollout_server.vllm_v1 import DEPARTED_KEPT, PRIORS_KEPT, SegmentMonitorProcessor
 
 VOCABULARY = 50
 SENTINELS = (48, 49)
@@ -52,13 +54,16 @@ def processor(address: str) -> SegmentMonitorProcessor:
     return SegmentMonitorProcessor(config, torch.device("cpu"), is_pin_memory=False)
 
 
-def params(uid: int, group: str = "", group_size: int = 1, limit: int = 2) -> SamplingParams:
+def params(
+    uid: int, group: str = "", group_size: int = 1, limit: int = 2, kind: str = "usual", policy: str = POLICY
+) -> SamplingParams:
     """Of a response of at most `limit` tokens in segments of two; a group of its own if none is named."""
     submission = Submission(
         uid=uid,
         group=group or str(uid),
         group_size=group_size,
-        policy=POLICY,
+        policy=policy,
+        kind=kind,
         erasable=True,
         position=0,
         segment=0,
@@ -193,6 +198,82 @@ def test_a_plain_request_is_told_of_its_own_row_however_the_batch_moves(data: st
         ended = set() if found is None else {uid for uid, bad in zip(rows.uids, found.tolist(), strict=False) if bad}
         ended = {rows.uids[uid] for uid in ended}
         assert ended == {model[place] for place in broken} - {None}
+
+
+def respond(followed: SegmentMonitorProcessor, *requests: SamplingParams, surprise: float = 0.0) -> None:
+    """Generate two tokens of each request and end it. `surprise`: how much less likely than others they are."""
+    outputs: list[list[int]] = [[] for _ in requests]
+    added = [
+        (index, request, None, output) for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
+    ]
+    followed.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
+    for _ in range(3):
+        logits = torch.zeros(len(requests), VOCABULARY)
+        logits[:, 7] = -surprise
+        followed.apply(logits)
+        for output, row in zip(outputs, logits, strict=True):
+            output.append(int(row.argmax()) if row.isfinite().sum() == 1 else 7)
+    followed.update_state(BatchUpdate(0, removed=list(range(len(requests))), added=[], moved=[]))
+    followed.apply(torch.zeros(0, VOCABULARY))
+
+
+@pytest.fixture
+def followed() -> Iterator[SegmentMonitorProcessor]:
+    inbox = Inbox()
+    monitor = processor(inbox.address)
+    yield monitor
+    monitor._outbox.close()
+    inbox.close()
+
+
+def test_members_of_a_group_that_are_not_comparable_have_statistics_and_priors_of_their_own(
+    followed: SegmentMonitorProcessor,
+) -> None:
+    respond(followed, params(1, "mixed", 4, kind="cold"), params(2, "mixed", 4, kind="warm"), surprise=0.0)
+    respond(followed, params(3, "mixed", 4, kind="warm"), surprise=2.0)
+    assert followed.priors() == {"cold": [], "warm": []}
+    respond(followed, params(4, "mixed", 4, kind="cold"), surprise=0.0)
+    assert followed.counters()["following"] == 0
+    (cold,), (warm,) = followed.priors().values()
+    plain, surprised = math.log(VOCABULARY), math.log(VOCABULARY - 1 + math.exp(-2.0)) + 2.0
+    assert cold == pytest.approx([1.0, plain, plain**2], abs=1e-4)
+    assert warm == pytest.approx([1.0, (plain + surprised) / 2, (plain**2 + surprised**2) / 2], abs=1e-4)
+
+
+def test_the_prior_of_an_open_group_is_not_given_to_another_kind(followed: SegmentMonitorProcessor) -> None:
+    respond(followed, params(1, "open", 2, kind="kept"), surprise=3.0)
+    for uid in range(2, PRIORS_KEPT + 50):
+        respond(followed, params(uid, kind=f"kind {uid}"))
+    assert len(followed.priors()) == PRIORS_KEPT
+    respond(followed, params(10_000, "open", 2, kind="kept"), surprise=3.0)
+    priors = followed.priors()
+    assert priors["kept"][0][1] == pytest.approx(math.log(VOCABULARY - 1 + math.exp(-3.0)) + 3.0, abs=1e-4)
+    assert all(row[1] == pytest.approx(math.log(VOCABULARY), abs=1e-4) for k, (row,) in priors.items() if k != "kept")
+    for uid in range(20_000, 20_000 + PRIORS_KEPT):
+        respond(followed, params(uid, kind=f"kind {uid}"))
+    assert "kept" not in followed.priors(), "the least lately used goes"
+
+
+def test_a_group_that_may_erase_nothing_warms_the_prior_up_for_the_first_that_may(
+    followed: SegmentMonitorProcessor,
+) -> None:
+    sent: list[tuple[list[Sender], int, Judged]] = []
+    followed._outbox.put = lambda *what: sent.append(what)  # type: ignore[method-assign]
+    erasing = policy_json(ErasurePolicy(segmentation=FixedSegmentation(length=2)))
+
+    def verdict(uid: int, group: str, size: int) -> tuple[bool, bool]:
+        """Of an uncertain response: whether there was a threshold, and whether it is erased."""
+        respond(followed, params(uid, group, size, policy=erasing), surprise=5.0)
+        fields = sent[-1][2].fields[0]
+        return bool(fields[Field.THRESHOLD].isfinite()), bool(fields[Field.ERASED])
+
+    assert verdict(1, "cold", 1000) == (False, False), "the first of a kind has nothing to be compared with"
+    followed._groups.clear()
+    for uid in range(2, 6):
+        respond(followed, params(uid, "warm-up", 4))
+        followed._collect_ended()
+    followed.release([(uid, "warm-up") for uid in range(2, 6)])
+    assert verdict(10, "next", 1000) == (True, True)
 
 
 def test_an_installation_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> None:
