@@ -7,9 +7,12 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from common.trajectory import NO_EXTRAS, ResponseRequest
 from rollout_server.adjustments import Adjustments
+from rollout_server.submission import PLAIN_ARG
 
 
-def plain_params(request: ResponseRequest, eos_token_ids: tuple[int, ...], *, listened: bool) -> SamplingParams:
+def plain_params(
+    request: ResponseRequest, eos_token_ids: tuple[int, ...], uid: int, *, listened: bool
+) -> SamplingParams:
     """What plain vLLM samples with. `listened`: outputs are wanted as they come, with log-probs."""
     extras = request.extras
     structured = None
@@ -32,6 +35,20 @@ def plain_params(request: ResponseRequest, eos_token_ids: tuple[int, ...], *, li
         bad_words=list(extras.bad_words),
         structured_outputs=structured,
         output_kind=RequestOutputKind.DELTA if listened else RequestOutputKind.FINAL_ONLY,
+        extra_args={PLAIN_ARG: uid},
+    )
+
+
+def score_params(top: int, uid: int) -> SamplingParams:
+    """For the log-probs of a prompt: one token is sampled, to no use."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=top,
+        detokenize=False,
+        skip_clone=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={PLAIN_ARG: uid},
     )
 
 

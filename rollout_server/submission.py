@@ -12,6 +12,8 @@ from common.trajectory import ResponseRequest
 from rollout_server.adjustments import Adjustments
 
 EXTRA_ARG = "e3rl"
+PLAIN_ARG = "e3rl_plain"
+"""Of a request without a monitor: its uid, by which is said that its logits were not finite."""
 
 
 class Submission(msgspec.Struct, frozen=True):
