@@ -4,6 +4,7 @@ vLLM loads it by name in its worker (`LOGITS_PROCESSOR`); on GPUs it needs `VLLM
 worker must know is in `additional_config["e3rl"]`: the address for records and the two sentinel ids.
 """
 
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -281,6 +282,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 stops=self._token_table(submission.stop_token_ids),
                 group=statistics.row,
                 prior=statistics.prior,
+                best=math.inf if submission.best is None else submission.best,
             ),
         )
         followed = _Followed(
