@@ -20,9 +20,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import WeightUpdate
-from rollout_server.records import Inbox
+from rollout_server.plain_requests import PlainRequests
+from rollout_server.records import Inbox, NonFiniteRecord, Record
 from rollout_server.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
+from rollout_server.scheduling import SCHEDULER
 from rollout_server.sentinels import NoSentinelsError, find_sentinels
+from rollout_server.submission import PLAIN_ARG
 from rollout_server.vllm_v1 import LOGITS_PROCESSOR
 from rollout_server.weight_transfer import HOST_BACKEND
 from rollout_server.worker_extension import WORKER_EXTENSION
@@ -67,11 +70,12 @@ class ErasableEngine:
         self.max_length = max_length
         self.sentinel_ids = sentinel_ids
         self.eos_token_ids = _eos_token_ids(llm)
+        self._uids = itertools.count(1)
         self._rollback = ResubmitRollback(
-            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version
+            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
         )
-        self._plain_ids = itertools.count(1)
-        self._receiver = asyncio.create_task(inbox.receive(self._rollback.deliver))
+        self._plain = PlainRequests(llm, finish=sentinel_ids[1])
+        self._receiver = asyncio.create_task(inbox.receive(self._deliver))
         self._admitting = asyncio.Event()
         self._admitting.set()
         self._paused = False
@@ -94,7 +98,7 @@ class ErasableEngine:
         inbox = Inbox()
         try:
             async with asyncio.timeout(engine.start_seconds):
-                args = _engine_args(model, engine, inbox.address)
+                args = _engine_args(model, engine, inbox.address, version)
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
                 started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
                 # From here on vLLM keeps what it read of the environment, which it would look up for every token.
@@ -102,6 +106,7 @@ class ErasableEngine:
                 if sentinels := set(started.sentinel_ids) & set(started.eos_token_ids):
                     await started.close()
                     raise NoSentinelsError(f"sentinel id {min(sentinels)} ends this model's responses: choose another")
+                await llm.collective_rpc("e3rl_clear_new_blocks")
                 await llm.update_weight_version(str(version))
                 started.version = version
         except TimeoutError:
@@ -118,6 +123,7 @@ class ErasableEngine:
         Raises:
             PromptTooLong: with both lengths.
             WeightSyncError: the last sync failed.
+            NonFiniteLogits: with the version of the weights.
             EngineClosed: by `close`, while the response waited for a sync or a pause to end.
         """
         self._check(request)
@@ -148,8 +154,14 @@ class ErasableEngine:
     async def settle(self) -> None:
         """Release what aborted submissions hold in the monitor."""
         aborted, self._rollback.aborted = self._rollback.aborted, []
-        if aborted:
+        if not aborted:
+            return
+        try:
             await self._llm.collective_rpc("e3rl_release", args=(aborted,))
+        except BaseException:
+            # Whoever called may be cancelled meanwhile; to release twice does nothing.
+            self._rollback.aborted += aborted
+            raise
 
     async def counters(self) -> dict[str, int]:
         """What the monitor holds and what erasures cost.
@@ -214,7 +226,7 @@ class ErasableEngine:
                 await self._llm.start_weight_update()
                 await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
-                checksums = set(await self._llm.collective_rpc("e3rl_weight_checksum"))
+                checksums = set(await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)))
                 if checksums != {update.checksum}:
                     raise WeightSyncError(
                         f"version {update.version}: the engine holds weights with checksum {sorted(checksums)}, "
@@ -263,7 +275,7 @@ class ErasableEngine:
         await asyncio.gather(self._receiver, return_exceptions=True)
         await asyncio.to_thread(self._llm.shutdown, timeout=SHUTDOWN_SECONDS)
         self._inbox.close()
-        del self._llm, self._rollback
+        del self._llm, self._rollback, self._plain
 
     @property
     def rollback(self) -> Rollback:
@@ -285,6 +297,7 @@ class ErasableEngine:
 
     async def _generate_plain(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         """What plain vLLM generates: no monitor, no sentinel."""
+        uid = next(self._uids)
         params = SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
@@ -298,11 +311,12 @@ class ErasableEngine:
             detokenize=False,
             skip_clone=True,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
+            extra_args={PLAIN_ARG: uid},
         )
         prompt = tokens_input(request.prompt_token_ids)
         token_ids: list[int] = []
         output = None
-        async for output in self._llm.generate(prompt, params, f"plain-{next(self._plain_ids)}"):
+        async for output in self._plain.outputs(uid, prompt, params):
             tokens = list(output.outputs[0].token_ids)
             token_ids += tokens
             if listener is not None and tokens:
@@ -334,6 +348,11 @@ class ErasableEngine:
             finish_reason="stop" if output.outputs[0].finish_reason == "stop" else "length",
         )
 
+    def _deliver(self, record: Record) -> None:
+        """Take a record from the monitor."""
+        if not isinstance(record, NonFiniteRecord) or not self._plain.deliver(record):
+            self._rollback.deliver(record)
+
 
 def prepare_environment(engine: EngineConfig) -> None:
     """Environment that vLLM reads when it is imported or started; what the user has set wins."""
@@ -353,7 +372,7 @@ def prepare_environment(engine: EngineConfig) -> None:
         os.environ.setdefault(name, value)
 
 
-def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> AsyncEngineArgs:
+def _engine_args(model: ModelConfig, engine: EngineConfig, address: str, version: int) -> AsyncEngineArgs:
     from transformers import AutoConfig, AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
@@ -377,10 +396,11 @@ def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> Asyn
         # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
         enable_chunked_prefill=False if current_platform.is_cpu() else None,
         scheduling_policy="priority",
+        scheduler_cls=SCHEDULER,
         logits_processors=[LOGITS_PROCESSOR],
         worker_extension_cls=WORKER_EXTENSION,
         weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
-        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinel_ids}},
+        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinel_ids, "version": version}},
         disable_log_stats=not engine.log_stats,
         enable_log_requests=False,
         seed=0,

@@ -5,13 +5,13 @@ at most the part of one block. An implementation inside the engine would replace
 """
 
 import asyncio
-import itertools
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from vllm import RequestOutput, SamplingParams
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
@@ -21,9 +21,10 @@ from common.config.erasure import ErasurePolicy
 from common.seeds import attempt_seed
 from common.threshold import GroupStatistics, History
 from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
+from common.weights import NonFiniteLogits
 from rollout_server.monitor import Field
 from rollout_server.progress import Progress, Sampled
-from rollout_server.records import JudgementRecord
+from rollout_server.records import JudgementRecord, NonFiniteRecord, Record
 from rollout_server.submission import Submission, policy_json, statistics_kind
 
 RECORD_SECONDS = 60.0
@@ -80,25 +81,29 @@ class Rollback(Protocol):
 
     async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory: ...
 
-    def deliver(self, record: JudgementRecord) -> None:
+    def deliver(self, record: Record) -> None:
         """Take a record from the monitor."""
         ...
 
 
 @dataclass(slots=True)
 class _Mailbox:
-    """Records of one submission that have arrived and were not taken."""
+    """Records of one submission that have arrived and were not taken. `failure`: the one that ended it, if one did."""
 
     records: deque[JudgementRecord] = field(default_factory=deque)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
+    failure: NonFiniteRecord | None = None
 
     async def take(self, uid: int) -> JudgementRecord:
+        """The next judgement. Raises `NonFiniteLogits` behind the last one of a submission that ended so."""
         if self.records:
             return self.records.popleft()
         try:
             async with asyncio.timeout(RECORD_SECONDS):
                 while not self.records:
+                    if self.failure is not None:
+                        raise NonFiniteLogits(self.failure.version)
                     if self.closed:
                         raise RecordLost(f"the engine was closed before the record of submission {uid} came")
                     self.arrived.clear()
@@ -112,6 +117,7 @@ class ResubmitRollback:
     """Rollback through requests to vLLM.
 
     `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests. `version`: that of the weights now.
+    `uids`: numbers that no other request of the engine gets.
     """
 
     def __init__(
@@ -121,24 +127,29 @@ class ResubmitRollback:
         eos_token_ids: tuple[int, ...],
         name: str,
         version: Callable[[], int],
+        uids: Iterator[int],
     ) -> None:
         self._llm = llm
         self._sentinel_ids = sentinel_ids
         self._eos_token_ids = eos_token_ids
         self._name = name
         self._version = version
-        self._uids = itertools.count(1)
+        self._uids = uids
         self._mailboxes: dict[int, _Mailbox] = {}
         self.aborted: list[tuple[int, str]] = []
         self.erasures = 0
         self.lost_steps = 0
         """Engine steps that erasures cost their responses: the forced sentinel's, and those until the next token."""
 
-    def deliver(self, record: JudgementRecord) -> None:
+    def deliver(self, record: Record) -> None:
         mailbox = self._mailboxes.get(record.uid)
-        if mailbox is not None:
+        if mailbox is None:
+            return
+        if isinstance(record, NonFiniteRecord):
+            mailbox.failure = record
+        else:
             mailbox.records.append(record)
-            mailbox.arrived.set()
+        mailbox.arrived.set()
 
     def close(self) -> None:
         """No more records come: what waits for one fails."""
@@ -321,6 +332,9 @@ def _finite(value: float) -> float | None:
 
 def _attempt(record: JudgementRecord, token_ids: list[int], versions: list[VersionSpan]) -> Attempt:
     per_token: Any = record.per_token
+    if not np.isfinite(per_token).all() or not math.isfinite(record.field(Field.UNCERTAINTY)):
+        # The logits were finite, but so far apart that their difference is not.
+        raise NonFiniteLogits(versions[-1].version)
     logprobs, behaviour_logprobs, signal = per_token.T.tolist()
     get = record.field
     return Attempt(

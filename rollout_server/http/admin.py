@@ -145,7 +145,11 @@ def _weights(member: Member) -> ReplicaWeights:
             error=member.sync_error,
         )
     return ReplicaWeights(
-        replica=member.number, policy_version=member.version, checksum=member.checksum, last_sync=last
+        replica=member.number,
+        policy_version=member.version,
+        checksum=member.checksum,
+        non_finite_version=member.non_finite_version,
+        last_sync=last,
     )
 
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from common.trajectory import ResponseRequest
+from common.weights import NonFiniteLogits
 from rollout_server.http.admission import Admission
 from rollout_server.http.encoders import Encoder
 from rollout_server.http.errors import ApiError, unavailable
@@ -95,6 +96,8 @@ class GenerationAnswer(Response):
                 raise
             await self._fail(send, _shutting_down())
         except Exception as error:
+            if isinstance(error, NonFiniteLogits):
+                self._service.metrics.non_finite.inc()
             await self._fail(send, _api_error(error, scope[REQUEST_ID]))
 
     async def _generate(self, send: Send) -> None:
@@ -165,6 +168,8 @@ def _api_error(error: Exception, request_id: str) -> ApiError:
         return error
     if isinstance(error, NoWeights):
         return unavailable("the last weight sync failed: there are no complete weights until one succeeds")
+    if isinstance(error, NonFiniteLogits):
+        return ApiError(500, str(error), code="non_finite_logits")
     if isinstance(error, GenerationAborted):
         return unavailable("the generation was aborted by the server")
     log.error("generation failed", exc_info=error, extra={FIELDS: {"request_id": request_id}})

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 
 from common.trajectory import ResponseRequest, Trajectory
+from common.weights import NonFiniteLogits
 from rollout_server.http.choice import Choice, Chunk
 from rollout_server.http.errors import ApiError, unavailable
 from rollout_server.http.replicas import Member, ReplicaLost, ReplicaSet
@@ -168,6 +169,9 @@ class Generation:
             if not choice.has_stopped():
                 raise
             task.uncancel()
+        except NonFiniteLogits as error:
+            member.non_finite_version = error.version
+            raise
         except ReplicaLost:
             if not choice.has_stopped():
                 raise

@@ -42,6 +42,9 @@ class ServerMetrics:
         self.resubmissions = self._counter(
             "e3rl_resubmissions", "Groups that were given to another replica because theirs died."
         )
+        self.non_finite = self._counter(
+            "e3rl_non_finite_logits", "Requests that failed because the weights gave logits that are not finite."
+        )
         self.syncs = Counter("e3rl_weight_syncs", "Weight syncs.", ["result"], registry=self.registry)
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:

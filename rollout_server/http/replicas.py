@@ -72,7 +72,10 @@ class Replica(Protocol):
 
 @dataclass(slots=True)
 class Member:
-    """A replica in the set. `error`: why it does not generate; null if it does."""
+    """A replica in the set. `error`: why it does not generate; null if it does.
+
+    `non_finite_version`: the last weights here whose logits were not finite.
+    """
 
     number: int
     replica: Replica
@@ -85,6 +88,7 @@ class Member:
     sync_error: str | None = None
     synced: bool = False
     restarts: int = 0
+    non_finite_version: int | None = None
 
 
 class ReplicaSet:

@@ -288,12 +288,15 @@ class SegmentMonitor:
         prior_variance = (prior_second - prior_mean**2).clip(0.0)
         return columns([n, mean, variance, strength, prior_mean, prior_variance])
 
-    def prepare(self, slots: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> None:
+    def prepare(self, slots: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
         """Keep what is needed of the logits and force sentinels, in place, before the engine samples.
 
         `logits` float32 `[batch, vocabulary]`; `slots` `[rows]` are the followed rows, `rows` where they are in the
         batch (None: they are the batch). The distribution that is measured is the model's own: before sentinels are
         masked and before temperature.
+
+        Returns which rows `[rows]` got logits that are not finite: they are forced to the finish sentinel. None if it
+        is known that there are none.
         """
         own = logits if rows is None else logits[rows]
         own_slots = self._own(slots)
@@ -303,6 +306,7 @@ class SegmentMonitor:
         torch.log_softmax(own, 1, out=logprobs)
         self._rows_used = len(own)
         self._row[own_slots] = self._xp.arange(len(own), device="cpu" if self.on_host else self.device)
+        broken = self._end_broken(own_slots, logprobs)
         if self._entropic:
             self._entropy[own_slots] = self._own(-(logprobs.exp() * logprobs).nan_to_num(0.0).sum(dim=1))
         temperature = None
@@ -320,6 +324,24 @@ class SegmentMonitor:
                 logits.copy_(own)
             else:
                 logits[rows] = own
+        return broken
+
+    def _end_broken(self, slots: Array, logprobs: torch.Tensor) -> torch.Tensor | None:
+        """Force slots to their end whose log-probs are not numbers, but not those that are at their end anyway.
+
+        One logit that is NaN or infinite, or none above -inf, makes the normaliser NaN, and with it all of the row.
+        """
+        finish = self.sentinels[1]
+        if not self.on_host:
+            broken: torch.Tensor = logprobs[:, 0].isnan() & (self._forced[slots] < 0)
+            self._forced[slots] = torch.where(broken, finish, self._forced[slots])
+            return broken
+        nan = np.isnan(logprobs[:, 0].numpy())
+        if not nan.any():
+            return None
+        nan &= self._forced[slots] < 0
+        self._forced[slots[nan]] = finish
+        return torch.from_numpy(nan)
 
     def _retemper(self, slots: Array, own: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Scale rows whose temperature in force is not the one that the engine applies; 0 leaves only the best."""

@@ -163,3 +163,35 @@ async def test_an_unexpected_failure_is_a_500_without_its_cause() -> None:
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("said", [0, 2], ids=["at once", "half way"])
+@pytest.mark.parametrize("erasure", [{"enabled": False}, {}], ids=["plain", "erasable"])
+async def test_logits_that_are_not_finite_are_one_error_everywhere(erasure: dict[str, Any], said: int) -> None:
+    replica = StubReplica(saying("one ", "two ", "three"))
+    replica.breaks_after = said
+    async with StubServer(replica) as server:
+        whole = await server.post(prompt="a", erasure=erasure)
+        chat = await server.post("/v1/chat/completions", messages=[{"role": "user", "content": "a"}], erasure=erasure)
+        stream = await server.post(prompt="a", stream=True, erasure=erasure)
+        group = {"prompt_id": "p", "prompt_token_ids": [1, 2], "n": 2}
+        rollouts = await server.post("/v1/rollouts", groups=[group], max_tokens=30, erasure=erasure)
+        metrics = (await server.client.get("/metrics")).text
+        (weights,) = (await server.admin.get("/weights")).json()["replicas"]
+    expected = {
+        "message": "the weights of version 3 gave logits that are not finite, so the response was ended",
+        "type": "server_error",
+        "param": None,
+        "code": "non_finite_logits",
+    }
+    for answer in (whole, chat):
+        assert (answer.status_code, answer.json()) == (500, {"error": expected})
+    if stream.status_code == 200:
+        *_, last, done = [line for line in stream.text.split("\n") if line]
+        assert (json.loads(last.removeprefix("data: ")), done) == ({"error": expected}, "data: [DONE]")
+        assert said
+    else:
+        assert (stream.status_code, stream.json()) == (500, {"error": expected})
+    assert json.loads(rollouts.text) == {"error": expected}, "a response that was ended is no trajectory"
+    assert "e3rl_non_finite_logits_total 4.0" in metrics
+    assert weights["non_finite_version"] == 3

@@ -213,22 +213,59 @@ def test_steps_after_the_forced_one_are_not_measured(on_host: bool, stream: tupl
     assert [row for _, after in later for row in rows(after)] == []
 
 
+BROKEN_LOGITS = {
+    "one NaN": lambda row: row.index_fill_(0, torch.tensor([17]), math.nan),
+    "one infinity": lambda row: row.index_fill_(0, torch.tensor([VOCABULARY - 3]), math.inf),
+    "all NaN": lambda row: row.fill_(math.nan),
+    "nothing above -inf": lambda row: row.fill_(-math.inf),
+}
+
+
 @pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
-def test_what_overflowed_weights_measure_is_not_learnt(
-    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+@pytest.mark.parametrize("kind", list(BROKEN_LOGITS))
+def test_logits_that_are_not_finite_end_a_response_and_nothing_is_learnt_of_it(
+    on_host: bool, kind: str, stream: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     logits, tokens = stream
     monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=6)), 2, on_host=on_host, limit=12)
-    broken = logits[:12, :2].clone()
-    broken[:6, 0] = math.nan
-    judged = [row for _, result in feed(monitor, broken, tokens[:12, :2]) for row in rows(result)]
-    assert [(slot, math.isnan(fields[Field.UNCERTAINTY])) for slot, fields in judged] == [
-        (0, True), (1, False), (0, False), (1, False),
-    ]  # fmt: skip
-    assert [fields[Field.COUNT] for _, fields in judged] == [1.0, 1.0, 2.0, 2.0]
-    assert all(math.isfinite(fields[Field.HISTORY_UNCERTAINTY]) for _, fields in judged)
+    slots = torch.arange(2)
+    reported, judged = [], []
+    for step in range(12):
+        now = logits[step, :2].clone()
+        if step == 3:
+            BROKEN_LOGITS[kind](now[0])
+        broken = monitor.prepare(slots, now, None)
+        reported.append([] if broken is None else broken.tolist())
+        if step >= 3:
+            assert now[0].isfinite().nonzero().flatten().tolist() == [SENTINELS[1]]
+        judged += rows_of(monitor.observe(slots, tokens[step, :2]))
+    assert [row for row in reported if any(row)] == [[True, False]], "it is said once, and of the first only"
+    assert reported.index([True, False]) == 3
+    assert [slot for slot, _ in judged] == [1, 1]
+    assert [fields[Field.COUNT] for _, fields in judged] == [1.0, 1.0]
     monitor.close_group(0, 0, 0.9)
     assert all(math.isfinite(value) for row in monitor.prior(0) for value in row)
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_a_response_that_has_ended_is_not_broken_by_what_follows(
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=1)), 1, on_host=on_host, limit=1)
+    feed(monitor, logits[:1, :1], tokens[:1, :1])
+    broken = monitor.prepare(torch.arange(1), torch.full((1, VOCABULARY), math.nan), None)
+    assert broken is None or not broken.any()
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_masked_tokens_and_huge_logits_are_no_error(on_host: bool) -> None:
+    monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=6)), 2, on_host=on_host)
+    logits = torch.full((2, VOCABULARY), -math.inf)
+    logits[0, 5] = 1.0
+    logits[1] = torch.linspace(-1e38, 1e38, VOCABULARY)
+    broken = monitor.prepare(torch.arange(2), logits, None)
+    assert broken is None or not broken.any()
 
 
 def test_sentinels_are_masked_in_followed_rows_only(stream: tuple[torch.Tensor, torch.Tensor]) -> None:

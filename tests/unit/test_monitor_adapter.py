@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
 from common.config import ErasurePolicy, FixedSegmentation
 from rollout_server.monitor import Field, Judged
+from rollout_server.plain_rows import PlainRows
 from rollout_server.records import Inbox, Outbox, Sender
-from rollout_server.submission import Submission, policy_json
+from rollout_server.submission import PLAIN_ARG, Submission, policy_json
 from rollout_server.vllm_v1 import DEPARTED_KEPT, PRIORS_KEPT, SegmentMonitorProcessor
 
 VOCABULARY = 50
@@ -44,7 +47,7 @@ class LateOutbox(Outbox):
 def processor(address: str) -> SegmentMonitorProcessor:
     """One that follows up to two requests at once."""
     config: Any = SimpleNamespace(
-        additional_config={"e3rl": {"address": address, "sentinel_ids": SENTINELS}},
+        additional_config={"e3rl": {"address": address, "sentinel_ids": SENTINELS, "version": 5}},
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
     )
@@ -130,6 +133,71 @@ def test_a_response_that_ended_as_its_caller_left_is_counted_once() -> None:
     followed._outbox.close()
     inbox.close()
     assert followed.counters()["following"] == 0
+
+
+def plain(uid: int) -> SamplingParams:
+    """Of a request without a monitor."""
+    return SamplingParams(extra_args={PLAIN_ARG: uid})
+
+
+def logits_with(broken: list[int], batch: int) -> torch.Tensor:
+    """Logits of a batch in which the rows `broken` are not finite."""
+    logits = torch.zeros(batch, VOCABULARY)
+    logits[broken, 7] = math.nan
+    return logits
+
+
+def test_only_broken_rows_are_ended_and_each_is_reported_once() -> None:
+    inbox = Inbox()
+    followed = processor(inbox.address)
+    rows = [
+        (0, plain(11), None, []),
+        (1, params(12, limit=9), None, []),
+        (2, plain(13), None, []),
+        (3, SamplingParams(), None, []),
+    ]
+    followed.update_state(BatchUpdate(4, removed=[], added=rows, moved=[]))
+    for _ in range(2):
+        logits = followed.apply(logits_with([1, 2, 3], 4))
+        assert logits[1].isfinite().nonzero().tolist() == logits[2].isfinite().nonzero().tolist() == [[SENTINELS[1]]]
+        assert logits[0].tolist() == [0.0] * VOCABULARY
+        assert math.isnan(logits[3, 7]), "a request that is not the engine's own is left alone"
+    assert [followed.non_finite(uid) for uid in (11, 12, 13)] == [None, 5, 5]
+    assert not followed._outbox.ended, "what the first step reported was collected in the second, and nothing since"
+    followed._outbox.close()
+    inbox.close()
+
+
+BATCH = 5
+
+
+@given(st.data())
+def test_a_plain_request_is_told_of_its_own_row_however_the_batch_moves(data: st.DataObject) -> None:
+    """Against a plain list of rows, through whatever vLLM may do to its batch."""
+    rows = PlainRows(SENTINELS[1], torch.device("cpu"))
+    model: list[int | None] = [None] * BATCH
+    places = st.integers(0, BATCH - 1)
+    for uid in range(1, 12):
+        kind, row, other = data.draw(
+            st.tuples(st.sampled_from(["add", "other", "remove", "move", "swap"]), places, places)
+        )
+        if kind == "add":
+            rows.add(row, {PLAIN_ARG: uid})
+            model[row] = uid
+        elif kind == "other":
+            rows.add(row, None)
+            model[row] = None
+        elif kind == "remove":
+            rows.remove(row)
+            model[row] = None
+        elif row != other:
+            rows.move(row, other, swap=kind == "swap")
+            model[other], model[row] = model[row], model[other] if kind == "swap" else None
+        broken = data.draw(st.sets(places))
+        found = rows.end_broken(logits_with(sorted(broken), BATCH)) if rows.uids else None
+        ended = set() if found is None else {uid for uid, bad in zip(rows.uids, found.tolist(), strict=False) if bad}
+        ended = {rows.uids[uid] for uid in ended}
+        assert ended == {model[place] for place in broken} - {None}
 
 
 def respond(followed: SegmentMonitorProcessor, *requests: SamplingParams, surprise: float = 0.0) -> None:

@@ -83,7 +83,8 @@ class ErasureOptions(RequestModel):
         default=None, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
     )
     on_exhaustion: Literal["last", "best"] | None = Field(
-        default=None, description="Which attempt stays when a segment's erasures are spent: the least uncertain one, or the last."
+        default=None,
+        description="Which attempt stays when a segment's erasures are spent: the least uncertain one, or the last.",
     )
     retry_temperature: float | None = Field(
         default=None, ge=0.01, le=2.0, description="Temperature of regenerated segments; null: the request's."

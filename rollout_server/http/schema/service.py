@@ -77,11 +77,15 @@ class LastSync(AnswerModel):
 
 
 class ReplicaWeights(AnswerModel):
-    """What a replica holds. `checksum`: null until weights have been synced into it."""
+    """What a replica holds. `checksum`: null until weights have been synced into it.
+
+    `non_finite_version`: the last weights here whose logits were not finite.
+    """
 
     replica: int
     policy_version: int
     checksum: str | None
+    non_finite_version: int | None
     last_sync: LastSync | None
 
 
