@@ -30,7 +30,14 @@ ADAPTIVE = ErasurePolicy(
     prior_decay=1 - 1e-12,
     regeneration_budget=100.0,
 )
-CASES = {"sampled": (ALWAYS, 1.0), "greedy with a budget": (HALF, 0.0), "adaptive with history": (ADAPTIVE, 0.0)}
+# Everything exceeds the threshold, so that erasures are spent at every segment; later the budget is.
+BEST = ALWAYS.model_copy(update={"max_erasures": 2, "on_exhaustion": "best", "regeneration_budget": 1.5})
+CASES = {
+    "sampled": (ALWAYS, 1.0),
+    "greedy with a budget": (HALF, 0.0),
+    "adaptive with history": (ADAPTIVE, 0.0),
+    "the best is kept": (BEST, 1.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +71,40 @@ def test_a_response_resumed_after_any_attempt_is_the_uninterrupted_one(
         some = sorted({*stopped[:3], *range(6), len(wholes) - 1})
         requests, wholes = [requests[n] for n in some], [wholes[n] for n in some]
     cuts = [(n, cut) for n, whole in enumerate(wholes) for cut in range(len(whole.attempts))]
-    answers = second.generate(resumed(requests[n], wholes[n].attempts[:cut]) for n, cut in cuts)
+    if policy is BEST:
+        # Of an attempt that is sampled anew another one may be the best.
+        cuts = [(n, cut) for n, cut in cuts if not sampled_anew(wholes[n], cut)]
+    answers = second.generate(resumed(requests[n], record_at(wholes[n], cut)) for n, cut in cuts)
     assert len(cuts) > 60
-    assert any(attempt.verdict == "accepted" and attempt.attempt == 0 for attempt in wholes[-1].attempts[:-1]) == (
-        policy is not ALWAYS
-    )
+    if policy is BEST:
+        assert any(a.verdict == "accepted" and 0 < a.attempt < 2 for whole in wholes for a in whole.attempts)
+    else:
+        assert any(attempt.verdict == "accepted" and attempt.attempt == 0 for attempt in wholes[-1].attempts[:-1]) == (
+            policy is not ALWAYS
+        )
     if policy is ADAPTIVE:
         modulations = [attempt.judgement.modulation for attempt in wholes[-1].attempts if attempt.judgement]
         assert max(modulations) - min(modulations) > 0.1, "the history says nothing, so it is not tested"
     for (n, cut), answer in zip(cuts, answers, strict=True):
-        # Within a submission the generator of random numbers goes on over segments, which no seed of its own brings
-        # back: an attempt that had followed an accepted segment is sampled anew. The next one has a seed again.
-        fresh = cut if temperature > 0.0 and wholes[n].attempts[cut].attempt == 0 and cut else None
+        fresh = cut if temperature > 0.0 and sampled_anew(wholes[n], cut) else None
         assert_same(answer, wholes[n], fresh)
     assert second.counters()["following"] == 0
+
+
+def record_at(whole: Trajectory, cut: int) -> list[Attempt]:
+    """The first `cut` attempts as they were on record then: one that is kept in the end was erased at first."""
+    attempts = whole.attempts[:cut]
+    under_way = whole.attempts[cut].segment
+    return [a.model_copy(update={"verdict": "erased"}) if a.segment == under_way else a for a in attempts]
+
+
+def sampled_anew(whole: Trajectory, cut: int) -> bool:
+    """Whether a response that is resumed before attempt number `cut` samples it with other random numbers.
+
+    Within a submission their generator goes on over segments, which no seed of its own brings back. What follows an
+    attempt that ended its submission has a seed again.
+    """
+    return cut > 0 and whole.attempts[cut].attempt == 0 and whole.attempts[cut - 1].verdict == "accepted"
 
 
 def assert_same(answer: Trajectory, whole: Trajectory, fresh: int | None) -> None:
