@@ -44,7 +44,13 @@ CASES = {
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningEngine, RunningEngine]]:
     path = tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
     with running_engine(path) as first, running_engine(path) as second:
-        first.generate(group_requests(1, 16, max_tokens=60, seed=1, policy=ADAPTIVE, temperature=0.5, ignore_eos=True))
+        for ignore_eos in (False, True):
+            # Greedy, as the responses that are resumed: others would not be compared with them.
+            group = {"group_id": f"first {ignore_eos}", "group_size": 16}
+            requests = group_requests(
+                16, 1, max_tokens=60, seed=1, policy=ADAPTIVE, temperature=0.0, ignore_eos=ignore_eos
+            )
+            first.generate(request.model_copy(update=group) for request in requests)
         second.run(second.engine.restore_priors(first.run(first.engine.priors())))
         yield first, second
 
@@ -182,6 +188,12 @@ class _Judged(SilentListener):
         self.attempts.append(attempt)
         self.finals.append(final)
 
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        assert attempt.verdict == "erased"
+        self.judged(attempt, final)
+        (place,) = (n for n, one in enumerate(self.attempts) if one.model_copy(update={"verdict": "accepted"}) == kept)
+        self.attempts[place] = kept
+
 
 @pytest.mark.parametrize("wants_tokens", [True, False])
 def test_a_listener_hears_of_every_attempt_with_or_without_tokens(
@@ -196,3 +208,22 @@ def test_a_listener_hears_of_every_attempt_with_or_without_tokens(
     assert listener.finals == [False] * 12 + [True]
     assert listener.sampled_tokens == (trajectory.generated_tokens if wants_tokens else 0)
     assert listener.cached_tokens == trajectory.reused_prefix_tokens
+
+
+@pytest.mark.parametrize("wants_tokens", [True, False])
+def test_a_listener_hears_which_attempt_is_kept_in_the_end(
+    engines: tuple[RunningEngine, RunningEngine], wants_tokens: bool
+) -> None:
+    first, _ = engines
+    kept_early = 0
+    policy = BEST.model_copy(update={"regeneration_budget": 100.0})
+    for seed in range(6):
+        (request,) = group_requests(1, 1, max_tokens=30, seed=seed, policy=policy, ignore_eos=True)
+        listener = _Judged(wants_tokens)
+        trajectory = first.run(first.engine.generate(request, listener))
+        assert listener.attempts == trajectory.attempts
+        assert listener.finals == [False] * (len(trajectory.attempts) - 1) + [True]
+        assert listener.sampled_tokens == (trajectory.generated_tokens if wants_tokens else 0)
+        kept_early += trajectory.attempts[-1].verdict == "erased"
+    assert kept_early, "no response ended with an attempt that was kept"
+    assert first.counters()["following"] == 0
