@@ -3,6 +3,7 @@
 One schema for Ray messages, NDJSON lines and Parquet rows. Log-probabilities are in nats.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -205,9 +206,9 @@ class ResponseRequest(StrictModel):
     erasable: bool = True
     resume_from: list[Attempt] = Field(default_factory=list)
 
-    def stop_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def stop_ids(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
         """The tokens that end this response on a model whose responses `eos_token_ids` end."""
-        return (() if self.ignore_eos else eos_token_ids) + self.extras.stop_token_ids
+        return (() if self.ignore_eos else tuple(eos_token_ids)) + self.extras.stop_token_ids
 
     @model_validator(mode="after")
     def _json_is_not_erased(self) -> "ResponseRequest":
@@ -223,6 +224,8 @@ class ResponseRequest(StrictModel):
 
     @model_validator(mode="after")
     def _greedy_needs_a_retry_temperature(self) -> "ResponseRequest":
-        if self.policy and self.erasable and self.temperature == 0.0 and self.policy.retry_temperature is None:
+        if self.policy is None or not self.erasable or not self.policy.can_erase(self.max_tokens):
+            return self
+        if self.temperature == 0.0 and self.policy.retry_temperature is None:
             raise ValueError("erasure with temperature 0 would bring the same segment back: set retry_temperature")
         return self
