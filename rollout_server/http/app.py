@@ -86,7 +86,7 @@ def public_app(service: Service) -> FastAPI:
 def _service_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=errors(503), summary="Served models")
     async def models() -> Models:
-        version = min(member.version for member in service.replicas.members)
+        version = service.replicas.version
         model = Model(
             id=service.settings.name,
             object="model",
