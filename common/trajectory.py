@@ -189,6 +189,8 @@ class ResponseRequest(StrictModel):
 
     @model_validator(mode="after")
     def _greedy_needs_a_retry_temperature(self) -> "ResponseRequest":
-        if self.policy and self.erasable and self.temperature == 0.0 and self.policy.retry_temperature is None:
+        if self.policy is None or not self.erasable or not self.policy.can_erase(self.max_tokens):
+            return self
+        if self.temperature == 0.0 and self.policy.retry_temperature is None:
             raise ValueError("erasure with temperature 0 would bring the same segment back: set retry_temperature")
         return self

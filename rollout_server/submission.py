@@ -20,7 +20,8 @@ class Submission(msgspec.Struct, frozen=True):
 
     It holds all that the monitor must know, so that a response can be resumed on any replica. `uid` is unique in an
     engine. `policy`: JSON of an `ErasurePolicy`. `kind`: from `statistics_kind`. `stop_token_ids`: tokens that end the
-    response. `watched`: each judgement is wanted at once, not only when the request ends. It travels as one string,
+    response. `watched`: each judgement is wanted at once, not only when the request ends. `best`: the least
+    uncertainty of earlier attempts at the segment, if one of them may be kept in the end. It travels as one string,
     because vLLM makes deep copies of what is in `extra_args`.
     """
 
@@ -41,6 +42,7 @@ class Submission(msgspec.Struct, frozen=True):
     history: tuple[float, float, float]
     stop_token_ids: tuple[int, ...]
     watched: bool
+    best: float | None = None
 
     def extra_args(self) -> dict[str, Any]:
         """For `SamplingParams.extra_args`."""
@@ -101,6 +103,7 @@ POLICY_NOT_OF_A_KIND = frozenset(
         "eta",
         "max_erasures",
         "regeneration_budget",
+        "on_exhaustion",
         "retry_temperature",
         "threshold",
         "prior_strength",

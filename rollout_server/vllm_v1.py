@@ -5,6 +5,7 @@ worker must know is in `additional_config["e3rl"]`: the address for records, the
 weights.
 """
 
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -300,6 +301,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 stops=self._token_table(submission.stop_token_ids),
                 group=statistics.row,
                 prior=statistics.prior,
+                best=math.inf if submission.best is None else submission.best,
             ),
         )
         followed = _Followed(

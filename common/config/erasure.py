@@ -1,5 +1,6 @@
 """What decides whether a segment is erased: the settings of `algorithm.md`, sections 1 to 5."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -87,8 +88,10 @@ class ErasurePolicy(StrictModel):
 
     `threshold`: a number in place of the adaptive threshold; 0 erases every segment until `max_erasures`.
     `min_uncertainty`: if it is left out where a `threshold` is given, it is 0: that number says it all.
-    `observe`: which attempts count in the group's statistics. `statistics`: whether these are of a segment's index, or
-    of all segments of the group: in free text the same index means something else in each response.
+    `on_exhaustion`: which attempt stays when a segment is over the threshold and may not be erased again: the last, or
+    the least uncertain one. `observe`: which attempts count in the group's statistics. `statistics`: whether these are
+    of a segment's index, or of all segments of the group: in free text the same index means something else in each
+    response.
     """
 
     segmentation: Segmentation = FixedSegmentation()
@@ -111,6 +114,7 @@ class ErasurePolicy(StrictModel):
     regeneration_budget: float = Field(
         default=1.0, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
     )
+    on_exhaustion: Literal["last", "best"] = "last"
     retry_temperature: Temperature | None = Field(
         default=None, gt=0.0, description="Temperature of regenerated segments; null: the request's."
     )
@@ -136,6 +140,10 @@ class ErasurePolicy(StrictModel):
                 "penalty exp(gamma x erasures) would overflow"
             )
         return self
+
+    def can_erase(self, max_response_tokens: int) -> bool:
+        """Whether there are responses, of at most so many tokens, of which this policy erases something."""
+        return self.max_erasures > 0 and self.threshold != math.inf and self.erased_token_limit(max_response_tokens) > 0
 
     def erased_token_limit(self, max_response_tokens: int) -> int:
         """Tokens that one response may have erased in all, given its token limit."""

@@ -174,7 +174,6 @@ def _answer(
     }
     top_k = body.top_k if body.top_k is not None else int(defaults.get("top_k", 0))
     known: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
-    service.check_temperature(policy, known.get("temperature", 1.0))
     _check_choices(service, len(prompts) * body.choices)
     is_chat = isinstance(body, ChatRequest)
     identity = ("chatcmpl-" if is_chat else "cmpl-") + request.scope[REQUEST_ID]
@@ -184,6 +183,7 @@ def _answer(
         where = lengths.prompt_name if len(prompts) == 1 else f"{lengths.prompt_name}[{number}]"
         names = where, lengths.max_tokens_name
         length = service.response_length(len(prompt), lengths.max_tokens, lengths.default, sentinels, names)
+        service.check_temperature(policy, known.get("temperature", 1.0), length)
         template = ResponseRequest(
             prompt_id=f"{identity}-{number}",
             group_id=_group_id(number),
@@ -222,13 +222,15 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
     service.check_model(body.model)
     policy = service.policy(body.erasure)
     plain = policy is None
-    service.check_temperature(policy, body.temperature)
     _check_choices(service, sum(group.n for group in body.groups))
     groups: list[list[ResponseRequest]] = []
     for number, group in enumerate(body.groups):
         where = f"groups[{number}].prompt_token_ids"
         check_token_ids(group.prompt_token_ids, service.facts.vocabulary, where)
         length = service.response_length(len(group.prompt_token_ids), body.max_tokens, None, 1, (where, "max_tokens"))
+        erasable = 0 if plain else group.n if group.erasable is None else group.erasable
+        if erasable:
+            service.check_temperature(policy, body.temperature, length)
         seed = group.seed
         if seed is None and body.seed is not None:
             # Groups may have the same prompt.
@@ -247,7 +249,6 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
             policy=policy or _monitor_only(service.settings.erasure),
             erasable=False,
         )
-        erasable = 0 if plain else group.n if group.erasable is None else group.erasable
         groups.append(_members(template, group.n, erasable))
     service.admit_delimiter(policy)
     options = ChoiceOptions(segments=False)

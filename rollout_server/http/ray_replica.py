@@ -45,6 +45,9 @@ class _Recorder:
     def judged(self, attempt: Attempt, final: bool) -> None:
         self._outbox.put((self._key, "judged", (attempt, final)))
 
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        self._outbox.put((self._key, "restored", (attempt, kept, final)))
+
 
 class _Outbox:
     """Events that wait to be fetched."""

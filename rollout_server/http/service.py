@@ -53,6 +53,9 @@ class RequestObserver:
         if self._tracing is not None and self._span is not None:
             self._tracing.attempt(self._span, choice.index, segment, started, ended)
 
+    def restored(self) -> None:
+        self._metrics.restorations.inc()
+
 
 class Service:
     """One server. `under_way`: tasks of requests that generate.
@@ -121,9 +124,11 @@ class Service:
                 )
             self._delimiters.add(delimiter)
 
-    def check_temperature(self, policy: ErasurePolicy | None, temperature: float) -> None:
-        """400 if erasure would bring back what it erased."""
-        if policy is not None and temperature == 0.0 and policy.retry_temperature is None:
+    def check_temperature(self, policy: ErasurePolicy | None, temperature: float, max_tokens: int) -> None:
+        """400 if erasure would bring back what it erased, in a response of at most `max_tokens`."""
+        if policy is None or not policy.can_erase(max_tokens):
+            return
+        if temperature == 0.0 and policy.retry_temperature is None:
             raise bad_request(
                 "temperature 0 would bring an erased segment back unchanged: give erasure.retry_temperature, "
                 "or set erasure.enabled to false",

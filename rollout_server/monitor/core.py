@@ -148,7 +148,8 @@ class SegmentMonitor:
                 policy.weights.base, policy.weights.extreme, policy.weights.gradient,
                 policy.kappa, policy.gamma, policy.eta,
                 math.nan if policy.threshold is None else policy.threshold,
-                policy.prior_strength, spec.temperature, retry, spec.engine_temperature, policy.min_uncertainty,
+                policy.prior_strength, spec.temperature, retry, spec.engine_temperature,
+                policy.min_uncertainty, spec.best,
             ]
         )  # fmt: skip
         self._count[slot] = 0

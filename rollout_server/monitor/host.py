@@ -195,12 +195,10 @@ def _judge(count: int, ints: Array, past: Array, reals: Array, group: Array, pri
     if math.isnan(threshold):
         threshold = baseline * penalty * modulation
     uncertainty = fields[FIELD.UNCERTAINTY]
-    erased = (
-        uncertainty > threshold
-        and uncertainty >= reals[REAL.MIN_UNCERTAINTY]
-        and attempt < ints[INT.MAX_ERASURES]
-        and ints[INT.ERASED] + count <= ints[INT.ERASED_LIMIT]
-    )
+    exceeds = uncertainty > threshold and uncertainty >= reals[REAL.MIN_UNCERTAINTY]
+    allowed = attempt < ints[INT.MAX_ERASURES] and ints[INT.ERASED] + count <= ints[INT.ERASED_LIMIT]
+    gives_way = attempt > 0 and reals[REAL.BEST] < uncertainty
+    erased = exceeds and (allowed or gives_way)
     fields[FIELD.SEGMENT], fields[FIELD.ATTEMPT] = ints[INT.SEGMENT], attempt
     fields[FIELD.START], fields[FIELD.END] = ints[INT.START], ints[INT.START] + count
     fields[FIELD.BASELINE], fields[FIELD.PENALTY], fields[FIELD.MODULATION] = baseline, penalty, modulation

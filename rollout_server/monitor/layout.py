@@ -1,5 +1,6 @@
 """How the monitor's state and its judgements are laid out in tensors, and what a slot must be told."""
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -45,7 +46,7 @@ class Past(IntEnum):
 
 
 class Real(IntEnum):
-    """Columns of a slot's policy."""
+    """Columns of a slot's policy, and of what was before: `BEST`, as `SlotSpec.best`."""
 
     BASE = 0
     EXTREME = 1
@@ -59,10 +60,14 @@ class Real(IntEnum):
     RETRY_TEMPERATURE = 9
     ENGINE_TEMPERATURE = 10
     MIN_UNCERTAINTY = 11
+    BEST = 12
 
 
 class Field(IntEnum):
-    """Columns of a judgement, float64 `[judged, len(Field)]`."""
+    """Columns of a judgement, float64 `[judged, len(Field)]`.
+
+    `ERASED`: also where no erasure was left, but an earlier attempt is to be kept in this one's place.
+    """
 
     SEGMENT = 0
     ATTEMPT = 1
@@ -99,6 +104,7 @@ class SlotSpec:
     `position`: committed tokens so far. `limit`: the response's token limit. `erasable` false: monitored only.
     `engine_temperature`: what the engine divides logits by after this processor; it differs from the temperature in
     force where segments are regenerated at their own. `delimiters`, `stops`: rows of the token tables.
+    `best`: the least uncertainty of earlier attempts at the segment, if one of them may be kept in place of the last.
     """
 
     policy: ErasurePolicy
@@ -116,6 +122,7 @@ class SlotSpec:
     stops: int
     group: int
     prior: int
+    best: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,14 @@
 """Defaults of an erasure policy that depend on its other settings, in configurations and in requests."""
 
+import math
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from common.config import DelimiterSegmentation, ErasurePolicy, build_config
 from common.config.loading import PRESETS, merge
+from common.trajectory import ResponseRequest
 from rollout_server.http.schema.erasure import ErasureOptions
 from tests.configs import SETTINGS
 
@@ -51,6 +54,37 @@ def test_a_request_gets_the_floor_that_goes_with_its_threshold(
 def test_every_setting_of_a_policy_can_be_asked_for_or_is_the_servers_own(name: str) -> None:
     own = {"prior_strength", "prior_decay", "observe"}
     assert (name in ErasureOptions.model_fields) != (name in own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "possible"),
+    [
+        ({}, 100, True),
+        ({"max_erasures": 0}, 100, False),
+        ({"regeneration_budget": 0.0}, 100, False),
+        ({"regeneration_budget": 0.1}, 9, False),
+        ({"regeneration_budget": 0.1}, 10, True),
+        ({"threshold": math.inf}, 100, False),
+        ({"threshold": 1e6}, 100, True),
+    ],
+)
+def test_temperature_0_needs_a_retry_temperature_only_where_something_can_be_erased(
+    settings: dict[str, Any], tokens: int, possible: bool
+) -> None:
+    policy = ErasurePolicy(**settings)
+
+    def request(**changes: Any) -> ResponseRequest:
+        known = {"prompt_id": "p", "group_id": "g", "group_size": 1, "sample": 0, "prompt_token_ids": [1]}
+        return ResponseRequest(**{**known, "max_tokens": tokens, "temperature": 0.0, "policy": policy, **changes})
+
+    assert policy.can_erase(tokens) == possible
+    request(erasable=False)
+    request(policy=policy.model_copy(update={"retry_temperature": 0.5}))
+    if not possible:
+        request()
+        return
+    with pytest.raises(ValidationError, match="retry_temperature"):
+        request()
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(512, 4), (4, 4), (3, 3), (1, 1)])

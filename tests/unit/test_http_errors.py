@@ -92,6 +92,29 @@ async def test_what_is_wrong_with_rollouts_is_a_400_that_names_it(
     assert text in error.message
 
 
+@pytest.mark.parametrize(
+    "erasure",
+    [{"max_erasures": 0}, {"regeneration_budget": 0}, {"regeneration_budget": 0.1}, {"enabled": False}],
+    ids=json.dumps,
+)
+async def test_temperature_0_needs_no_retry_temperature_where_nothing_can_be_erased(erasure: dict[str, Any]) -> None:
+    async with StubServer(StubReplica(saying("a"))) as server:
+        answer = await server.post(prompt="a", temperature=0, max_tokens=9, erasure=erasure)
+        groups = [{"prompt_id": "p", "prompt_token_ids": [1]}]
+        rollouts = {"groups": groups, "max_tokens": 9, "temperature": 0}
+        trajectories = await server.client.post("/v1/rollouts", json={**rollouts, "erasure": erasure})
+        plain = [{**groups[0], "n": 2, "erasable": 0}]
+        monitored = await server.client.post(
+            "/v1/rollouts", json={**rollouts, "groups": plain, "erasure": {"kappa": 1}}
+        )
+        one_may = [*plain, {**plain[0], "erasable": 1}]
+        refused = await server.client.post(
+            "/v1/rollouts", json={**rollouts, "groups": one_may, "erasure": {"kappa": 1}}
+        )
+    assert [a.status_code for a in (answer, trajectories, monitored)] == [200, 200, 200]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "erasure.retry_temperature")
+
+
 async def test_refused_requests_take_no_delimiters_place() -> None:
     async with erasing_server() as server:
 

@@ -379,6 +379,38 @@ def test_nothing_below_the_floor_is_erased(
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize("exhausted_by", ["erasures", "budget"])
+def test_an_attempt_over_the_threshold_gives_way_to_a_better_one_when_erasures_are_spent(
+    on_host: bool, exhausted_by: str, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    spent = {"attempt": 2} if exhausted_by == "erasures" else {"attempt": 1, "erased_tokens": 12, "erased_limit": 16}
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), threshold=2.0, max_erasures=2)
+
+    def judged_with(**changes: Any) -> dict[int, tuple[float, bool]]:
+        monitor = monitor_for(policy, 6, on_host=on_host, limit=6, **changes)
+        found = rows(feed(monitor, logits[:6], tokens[:6])[-1][1])
+        after = logits[6].clone()
+        monitor.prepare(torch.arange(6), after, None)
+        assert after.argmax(1).tolist() == [SENTINELS[0] if f[Field.ERASED] else SENTINELS[1] for _, f in found]
+        return {slot: (fields[Field.UNCERTAINTY], bool(fields[Field.ERASED])) for slot, fields in found}
+
+    alone = judged_with(**spent)
+    assert not any(erased for _, erased in alone.values())
+    over = sorted(u for u, _ in alone.values() if u > 2.0)
+    assert 2 <= len(over) < 6
+    best = over[len(over) // 2]
+    erased = judged_with(**spent, best=best)
+    assert {slot: erased for slot, (_, erased) in erased.items()} == {
+        slot: u > 2.0 and best < u for slot, (u, _) in alone.items()
+    }
+    assert any(e for _, e in erased.values())
+    # The first attempt at a segment has nothing to give way to, whatever the slot was told of the one before.
+    none = judged_with(attempt=0, erased_tokens=16, erased_limit=16, best=0.0)
+    assert not any(e for _, e in none.values())
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
 def test_statistics_of_the_group_are_over_all_of_its_segments(
     on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

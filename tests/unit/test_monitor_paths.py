@@ -58,6 +58,7 @@ def random_response(rng: random.Random, policy: ErasurePolicy) -> dict[str, Any]
         "history": History(rng.random(), rng.random(), rng.random()),
         "group": rng.randrange(GROUPS),
         "prior": rng.randrange(PRIORS),
+        "best": rng.choice([math.inf, rng.uniform(0.0, 4.0)]),
     }
 
 

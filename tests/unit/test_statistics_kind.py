@@ -31,6 +31,7 @@ POLICY_SAME: dict[str, Any] = {
     "eta": 0.0,
     "max_erasures": 0,
     "regeneration_budget": 0.5,
+    "on_exhaustion": "best",
     "retry_temperature": 0.5,
     "threshold": 1.0,
     "prior_strength": 1.0,

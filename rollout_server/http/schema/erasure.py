@@ -82,6 +82,10 @@ class ErasureOptions(RequestModel):
     regeneration_budget: float | None = Field(
         default=None, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
     )
+    on_exhaustion: Literal["last", "best"] | None = Field(
+        default=None,
+        description="Which attempt stays when a segment's erasures are spent: the least uncertain one, or the last.",
+    )
     retry_temperature: float | None = Field(
         default=None, ge=0.01, le=2.0, description="Temperature of regenerated segments; null: the request's."
     )
@@ -130,7 +134,8 @@ class Segment(AnswerModel):
     """One attempt at one segment. `start`, `end`: positions in the response's tokens at the time of the attempt.
 
     A stop string cuts the last accepted segment: `end`, `text` and `token_ids` are what is left, and the numbers are
-    those of the whole segment, as it was judged.
+    those of the whole segment, as it was judged. With `on_exhaustion: best` the accepted attempt at a segment may be
+    followed by attempts that were erased.
     """
 
     index: int
