@@ -10,11 +10,12 @@ from fastapi import FastAPI, Request
 from common.weights import WeightUpdate
 from rollout_server.http.base_app import base_app
 from rollout_server.http.checkpoints import Shapes, prepare_update, tensor_shapes
-from rollout_server.http.errors import ApiError
+from rollout_server.http.errors import ApiError, unavailable
 from rollout_server.http.kept_weights import KeptWeights, remove_leftovers
 from rollout_server.http.openapi import errors, read_body, takes
-from rollout_server.http.replicas import Member
+from rollout_server.http.replicas import Member, ReplicaLost
 from rollout_server.http.schema.service import (
+    CacheReset,
     LastSync,
     PauseRequest,
     PauseState,
@@ -119,6 +120,15 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
             text = f"responses are still under way after {service.settings.sync_seconds:g} s; no new ones until /resume"
             raise ApiError(504, text, code="deadline_exceeded") from None
         return PauseState(paused=True, mode=body.mode)
+
+    @app.post("/reset_prefix_cache", responses=errors(503, 504), summary="Forget cached prefixes")
+    async def reset_prefix_cache() -> CacheReset:
+        try:
+            return CacheReset(success=await service.replicas.reset_prefix_cache())
+        except TimeoutError:
+            raise ApiError(504, "the replicas did not answer in time", code="deadline_exceeded") from None
+        except ReplicaLost:
+            raise unavailable("a replica died") from None
 
     @app.post("/resume", responses=errors(503, 504), summary="Go on after a pause")
     async def resume(request: Request) -> PauseState:

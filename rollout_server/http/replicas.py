@@ -11,6 +11,7 @@ from common.weights import WeightUpdate
 from rollout_server.http.errors import ApiError, unavailable
 
 if TYPE_CHECKING:
+    from rollout_server.http.choice import PromptScores
     from rollout_server.rollback import Listener
 
 log = logging.getLogger("e3rl.replicas")
@@ -33,13 +34,21 @@ class NoWeights(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a started engine says of itself. `defaults`: sampling parameters of the model's generation config."""
+    """What a started engine says of itself. `defaults`: sampling parameters of the model's generation config.
+
+    `sentinel_ids`: tokens that no monitored response can hold.
+    """
 
     version: int
     max_length: int
     eos_token_ids: tuple[int, ...]
     vocabulary: int
     defaults: dict[str, float]
+    sentinel_ids: tuple[int, ...] = ()
+
+
+class RequestRefused(Exception):
+    """The engine cannot do what a request asks for; the message is for the client."""
 
 
 class Replica(Protocol):
@@ -56,12 +65,20 @@ class Replica(Protocol):
         """
         ...
 
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+        """Log-probs and ranks of a prompt's tokens and of the `top` likeliest in their places."""
+        ...
+
     async def probe(self) -> None:
         """Raises unless the engine answers."""
         ...
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         """Load weights; the checksum of what is then held. What is paused stays so."""
+        ...
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; false while a request holds some."""
         ...
 
     async def pause(self, mode: str) -> None: ...
@@ -320,6 +337,11 @@ class ReplicaSet:
         while True:
             await asyncio.sleep(every_seconds)
             await asyncio.gather(*(self.probe(member) for member in self.ready))
+
+    async def reset_prefix_cache(self) -> bool:
+        """Whether all replicas forgot their cached prefixes; a restart forgets those of the dead."""
+        async with asyncio.timeout(self._sync_seconds):
+            return all(await asyncio.gather(*(member.replica.reset_prefix_cache() for member in self.ready)))
 
     async def pause(self, mode: str) -> None:
         """Stop generating on all replicas; after a `TimeoutError` nothing new is generated either, until `resume`."""

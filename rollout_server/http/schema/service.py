@@ -67,6 +67,30 @@ class Models(AnswerModel):
     data: list[Model]
 
 
+class Version(AnswerModel):
+    """Of this software."""
+
+    version: str
+
+
+class Load(AnswerModel):
+    """Requests that wait or generate."""
+
+    server_load: int
+
+
+class IsPaused(AnswerModel):
+    """Whether an administrator paused generation."""
+
+    is_paused: bool
+
+
+class CacheReset(AnswerModel):
+    """Whether all replicas forgot their cached prefixes; false while requests hold some."""
+
+    success: bool
+
+
 class LastSync(AnswerModel):
     """A replica's last weight sync. `error`: why it failed."""
 
