@@ -16,6 +16,7 @@ _EXPLANATIONS = {
     401: "No valid API key.",
     404: "No such model.",
     408: "The body did not arrive in time.",
+    409: "The version is not newer than what has been served.",
     413: "The body is too long.",
     429: "Too many requests wait; `Retry-After` says when to try again.",
     431: "The headers are too long.",

@@ -91,7 +91,7 @@ class Service:
         watch("e3rl_responses_active", "Places that generating requests hold.", lambda: self.admission.busy)
         watch("e3rl_replicas_ready", "Replicas that generate.", lambda: len(self.replicas.ready))
         watch("e3rl_replica_restarts", "Restarts of replicas.", lambda: sum(m.restarts for m in members))
-        watch("e3rl_policy_version", "Oldest version that a replica holds.", lambda: min(m.version for m in members))
+        watch("e3rl_policy_version", "Oldest version that a replica holds.", lambda: self.replicas.version)
 
     @property
     def facts(self) -> EngineFacts:

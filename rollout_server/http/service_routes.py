@@ -32,7 +32,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             created=service.created,
             owned_by="e3rl",
             max_model_len=service.facts.max_length,
-            policy_version=min(member.version for member in service.replicas.members),
+            policy_version=service.replicas.version,
         )
 
     @app.get("/v1/models", responses=errors(503), summary="Served models")

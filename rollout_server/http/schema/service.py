@@ -101,14 +101,15 @@ class LastSync(AnswerModel):
 
 
 class ReplicaWeights(AnswerModel):
-    """What a replica holds. `checksum`: null until weights have been synced into it.
+    """What a replica holds. `checksum`: null until weights have been synced into it, and after a sync that failed.
 
-    `non_finite_version`: the last weights here whose logits were not finite.
+    `error`: why it does not generate. `non_finite_version`: the last weights here whose logits were not finite.
     """
 
     replica: int
     policy_version: int
     checksum: str | None
+    error: str | None
     non_finite_version: int | None
     last_sync: LastSync | None
 
