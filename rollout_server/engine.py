@@ -2,36 +2,46 @@
 
 import asyncio
 import itertools
+import math
 import os
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import RequestOutput
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
-from common.weights import WeightUpdate
+from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.plain_requests import PlainRequests
 from rollout_server.records import Inbox, NonFiniteRecord, Record
 from rollout_server.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
+from rollout_server.sampling import plain_params, score_params
 from rollout_server.scheduling import SCHEDULER
 from rollout_server.sentinels import NoSentinelsError, find_sentinels
-from rollout_server.submission import PLAIN_ARG
 from rollout_server.vllm_v1 import LOGITS_PROCESSOR
 from rollout_server.weight_transfer import HOST_BACKEND
 from rollout_server.worker_extension import WORKER_EXTENSION
 
+MAX_SCORED_LOGITS = 2**29
+"""On CPU vLLM computes the logits of a whole prompt at once: 2 GiB of them at most."""
+
+
 RELEASE_AFTER = 32
 """Aborted submissions that are released together, and at the latest when the engine is asked to settle."""
+
+
+PromptScores = list[dict[int, tuple[float, int]] | None]
 
 
 Priors = dict[str, list[list[float]]]
@@ -52,6 +62,10 @@ class WeightSyncError(RuntimeError):
 
 class EngineClosed(RuntimeError):
     """The engine was closed before it admitted a request."""
+
+
+class CannotSample(ValueError):
+    """vLLM does not sample with these parameters; the message says why."""
 
 
 class PromptTooLong(ValueError):
@@ -127,6 +141,49 @@ class ErasableEngine:
             EngineClosed: by `close`, while the response waited for a sync or a pause to end.
         """
         self._check(request)
+        async with self._admitted():
+            return await self._generate(request, listener)
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None = None) -> PromptScores:
+        """Log-probs of a prompt's tokens, each given those before it.
+
+        For each token but the first: log-prob and rank of it and of the `top` likeliest ones in its place.
+
+        Raises:
+            PromptTooLong: it and one token do not fit the model's length.
+            CannotSample: scoring it would need too much memory.
+            NonFiniteLogits, WeightSyncError, EngineClosed: as `generate`.
+        """
+        if len(prompt_token_ids) + 1 > self.max_length:
+            raise PromptTooLong(f"a prompt of {len(prompt_token_ids)} tokens exceeds what can be scored")
+        logits = len(prompt_token_ids) * self._llm.model_config.get_vocab_size()
+        if current_platform.is_cpu() and logits > MAX_SCORED_LOGITS:
+            raise CannotSample(
+                f"scoring {len(prompt_token_ids)} tokens at once needs {logits * 4 / 2**30:.1f} GiB on CPU; "
+                f"at most {MAX_SCORED_LOGITS * 4 / 2**30:.1f} GiB are allowed"
+            )
+        prompt = tokens_input(prompt_token_ids, cache_salt=cache_salt)
+        async with self._admitted():
+            uid = next(self._uids)
+            outputs = _checked(self._plain.outputs(uid, prompt, score_params(top, uid)))
+            scores = [output.prompt_logprobs async for output in outputs]
+        if not scores or scores[-1] is None:
+            raise RuntimeError("vLLM aborted the scoring of a prompt")
+        known = [
+            None if place is None else {token: (entry.logprob, entry.rank or 0) for token, entry in place.items()}
+            for place in scores[-1]
+        ]
+        if any(math.isnan(next(iter(place.values()))[0]) for place in known if place):
+            raise NonFiniteLogits(self.version)
+        return known
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget the KV of earlier requests; false while a request under way holds some."""
+        return bool(await self._llm.reset_prefix_cache())
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """Wait for a sync or a pause to end, and count as under way."""
         while not self._admitting.is_set():
             await self._admitting.wait()
         if self._closed:
@@ -136,7 +193,7 @@ class ErasableEngine:
         self._under_way += 1
         self._idle.clear()
         try:
-            return await self._generate(request, listener)
+            yield
         finally:
             self._under_way -= 1
             if not self._under_way:
@@ -298,25 +355,14 @@ class ErasableEngine:
     async def _generate_plain(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         """What plain vLLM generates: no monitor, no sentinel."""
         uid = next(self._uids)
-        params = SamplingParams(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            logprobs=None if listener is None else request.top_logprobs,
-            seed=request.seed,
-            max_tokens=request.max_tokens,
-            ignore_eos=request.ignore_eos,
-            stop_token_ids=[] if request.ignore_eos else list(self.eos_token_ids),
-            detokenize=False,
-            skip_clone=True,
-            output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
-            extra_args={PLAIN_ARG: uid},
-        )
-        prompt = tokens_input(request.prompt_token_ids)
+        try:
+            params = plain_params(request, self.eos_token_ids, uid, listened=listener is not None)
+        except (VLLMValidationError, ValueError) as error:
+            raise CannotSample(str(error)) from error
+        prompt = tokens_input(request.prompt_token_ids, cache_salt=request.extras.cache_salt)
         token_ids: list[int] = []
         output = None
-        async for output in self._plain.outputs(uid, prompt, params):
+        async for output in _checked(self._plain.outputs(uid, prompt, params)):
             tokens = list(output.outputs[0].token_ids)
             token_ids += tokens
             if listener is not None and tokens:
@@ -352,6 +398,15 @@ class ErasableEngine:
         """Take a record from the monitor."""
         if not isinstance(record, NonFiniteRecord) or not self._plain.deliver(record):
             self._rollback.deliver(record)
+
+
+async def _checked(outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+    """`outputs`, where vLLM's refusal of the parameters is a `CannotSample`."""
+    try:
+        async for output in outputs:
+            yield output
+    except (VLLMValidationError, ValueError) as error:
+        raise CannotSample(" ".join(str(error).split())[:500]) from error
 
 
 def prepare_environment(engine: EngineConfig) -> None:

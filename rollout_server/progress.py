@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from common.config.erasure import ErasurePolicy
 from common.threshold import History, extended_history, kept_attempt, may_erase
 from common.trajectory import Attempt, Judgement, ResponseRequest, VersionSpan
+from rollout_server.adjustments import Adjustments
 
 
 @dataclass(slots=True)
@@ -14,7 +15,7 @@ class Progress:
 
     `kind`: of its statistics. `erased_limit`: tokens that may be erased in all. `attempt`: the number of the next
     attempt at `segment`; 0 where nothing of the segment is on record. `erased_at`: the engine step that ended the last
-    submission by an erasure.
+    submission by an erasure. `adjustments`: what all submissions are sampled with.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Progress:
     reused_prefix_tokens: int = 0
     erased_at: int | None = None
     finished: bool = False
+    adjustments: Adjustments | None = None
 
     @property
     def under_way(self) -> list[Attempt]:
@@ -90,8 +92,8 @@ class Progress:
         self.history = extended_history(judgement.history, judgement.uncertainty, judgement.statistics)
 
     def has_stopped(self, request: ResponseRequest, eos_token_ids: Sequence[int]) -> bool:
-        """Whether what is committed ends with the end of the sequence."""
-        return not request.ignore_eos and self.committed[-1] in eos_token_ids
+        """Whether what is committed ends with a token that ends the response."""
+        return self.committed[-1] in request.stop_ids(eos_token_ids)
 
     def is_complete(self, request: ResponseRequest, eos_token_ids: Sequence[int]) -> bool:
         """Whether the last segment was accepted and ends the response."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from vllm import RequestOutput, SamplingParams
+from vllm import RequestOutput
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,6 +25,7 @@ from common.weights import NonFiniteLogits
 from rollout_server.monitor import Field
 from rollout_server.progress import Progress, Sampled
 from rollout_server.records import JudgementRecord, NonFiniteRecord, Record
+from rollout_server.sampling import adjustments, submission_params
 from rollout_server.submission import Submission, policy_json, statistics_kind
 
 RECORD_SECONDS = 60.0
@@ -164,6 +165,7 @@ class ResubmitRollback:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
         erased_limit = policy.erased_token_limit(request.max_tokens)
         progress = Progress(statistics_kind(request, policy), policy, erased_limit)
+        progress.adjustments = adjustments(request, self._eos_token_ids, self._llm.get_tokenizer())
         progress.resume(request.resume_from)
         progress.finished = progress.is_complete(request, self._eos_token_ids)
         while not progress.finished:
@@ -261,31 +263,27 @@ class ResubmitRollback:
             temperature=request.temperature,
             engine_temperature=temperature,
             history=(progress.history.uncertainty, progress.history.mean, progress.history.deviation),
-            stop_token_ids=() if request.ignore_eos else self._eos_token_ids,
+            stop_token_ids=request.stop_ids(self._eos_token_ids),
             watched=listener is not None,
+            adjustments=progress.adjustments,
         )
         seed = request.seed
         if seed is not None:
             seed = attempt_seed(seed, progress.segment, progress.attempt)
         wants_tokens = listener is not None and listener.wants_tokens
-        params = SamplingParams(
+        params = submission_params(
+            request,
+            self._sentinel_ids,
             temperature=temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            logprobs=request.top_logprobs if wants_tokens else None,
             seed=seed,
             max_tokens=request.max_tokens - len(progress.committed) + SENTINEL_TOKENS,
-            ignore_eos=True,
-            stop_token_ids=list(self._sentinel_ids),
-            detokenize=False,
-            skip_clone=True,
+            wants_tokens=wants_tokens,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
             stream_interval=None if listener is None or wants_tokens else UNWATCHED_TOKENS,
             extra_args=submission.extra_args(),
         )
         # In this form vLLM takes token ids as they are; as a prompt they would go through its pool of threads.
-        prompt = tokens_input(request.prompt_token_ids + progress.committed)
+        prompt = tokens_input(request.prompt_token_ids + progress.committed, cache_salt=request.extras.cache_salt)
         return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if progress.attempts else 0)
 
     def _take(

@@ -9,6 +9,7 @@ import msgspec
 from common.config.erasure import ErasurePolicy
 from common.threshold import History
 from common.trajectory import ResponseRequest
+from rollout_server.adjustments import Adjustments
 
 EXTRA_ARG = "e3rl"
 PLAIN_ARG = "e3rl_plain"
@@ -42,6 +43,7 @@ class Submission(msgspec.Struct, frozen=True):
     history: tuple[float, float, float]
     stop_token_ids: tuple[int, ...]
     watched: bool
+    adjustments: Adjustments | None = None
     best: float | None = None
 
     def extra_args(self) -> dict[str, Any]:

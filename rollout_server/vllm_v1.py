@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from rollout_server.adjustments import Adjuster, Adjustments
 from rollout_server.monitor import SegmentMonitor, SlotSpec
 from rollout_server.orphans import end_with_parent
 from rollout_server.plain_rows import PlainRows
@@ -46,6 +47,8 @@ class _Followed:
     output_ids: list[int]
     opened: int
     watched: bool
+    stops: tuple[int, ...] = ()
+    adjuster: Adjuster | None = None
     seen: int = 0
     away: bool = False
     ended: bool = False
@@ -80,6 +83,13 @@ class _Rows:
     uids: list[int] = field(default_factory=list)
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     index: torch.Tensor | None = None
+    adjusts: bool = False
+
+    def adjust(self, logits: torch.Tensor) -> None:
+        """Apply what some of the rows ask for to their logits, `[rows, vocabulary]`."""
+        for row, followed in enumerate(self.followed):
+            if followed.adjuster is not None and not followed.ended:
+                followed.adjuster.apply(logits[row])
 
 
 class SegmentMonitorProcessor(LogitsProcessor):
@@ -112,7 +122,10 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._free_group_rows: list[int] = []
         self._group_rows = 0
         self._priors: OrderedDict[str, int] = OrderedDict()
-        self._token_tables: dict[str | tuple[int, ...], int] = {"": 0, (): 0}
+        self._token_tables: dict[str, int] = {}
+        self._stops: dict[tuple[int, ...], tuple[int, int]] = {}
+        """Tables of tokens that end responses: row, and how many submissions need it."""
+        self._free_stops: list[int] = []
         end_with_parent()
 
     def is_argmax_invariant(self) -> bool:
@@ -126,8 +139,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
         for index in batch_update.removed:
             self._plain.remove(index)
             self._leave(index)
-        for index, params, _, output_ids in batch_update.added:
-            self._add(index, params, output_ids)
+        for index, params, prompt_ids, output_ids in batch_update.added:
+            self._add(index, params, prompt_ids, output_ids)
         for source, target, direction in batch_update.moved:
             self._plain.move(source, target, swap=direction is MoveDirectionality.SWAP)
             moved = self._batch.pop(source, None)
@@ -144,7 +157,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
         if self._batch:
             rows = self._rows or self._build_rows(len(logits))
             self._observe(rows)
-            broken = self._monitor.prepare(rows.slots, logits, rows.index)
+            broken = self._monitor.prepare(rows.slots, logits, rows.index, rows.adjust if rows.adjusts else None)
             if broken is not None:
                 self._outbox.put_non_finite(rows.uids, broken, self.version)
         if self._plain.uids:
@@ -199,7 +212,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
         slots = self._tensor([f.slot for f in followed])
         everything = len(indices) == batch_size
         index = None if everything else self._tensor(indices)
-        self._rows = _Rows(followed, [f.uid for f in followed], slots, index)
+        adjusts = any(f.adjuster is not None for f in followed)
+        self._rows = _Rows(followed, [f.uid for f in followed], slots, index, adjusts)
         return self._rows
 
     def _observe(self, rows: _Rows) -> None:
@@ -239,7 +253,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
             if followed.away:
                 self._depart(followed)
 
-    def _add(self, index: int, params: "SamplingParams", output_ids: list[int]) -> None:
+    def _add(self, index: int, params: "SamplingParams", prompt_ids: list[int] | None, output_ids: list[int]) -> None:
         self._leave(index)
         self._plain.add(index, params.extra_args)
         submission = Submission.find(params.extra_args)
@@ -252,12 +266,24 @@ class SegmentMonitorProcessor(LogitsProcessor):
                     f"submission {submission.uid} resumes with {len(output_ids)} tokens, but its state is gone"
                 )
             followed = self._open(submission, output_ids)
+            if submission.adjustments is not None:
+                followed.adjuster = self._adjuster(submission, submission.adjustments, prompt_ids or [], output_ids)
         elif output_ids:
             self._resumed += 1
         self._monitor.enter(followed.slot)
         followed.output_ids = output_ids
+        if followed.adjuster is not None:
+            followed.adjuster.sampled = output_ids
         followed.away = False
         self._batch[index] = followed
+
+    def _adjuster(
+        self, submission: Submission, adjustments: Adjustments, prompt_ids: list[int], output_ids: list[int]
+    ) -> Adjuster:
+        """`prompt_ids`: as vLLM has them, with the response's committed tokens at their end."""
+        end = len(prompt_ids) - submission.position
+        prompt, committed = prompt_ids[:end], prompt_ids[end:]
+        return Adjuster(adjustments, prompt, committed, output_ids, self._vocabulary, self._device)
 
     def _leave(self, index: int) -> None:
         """The batch's row is empty, or another request takes it, of which vLLM reports only the arrival."""
@@ -298,14 +324,20 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 erasable=submission.erasable,
                 history=submission.parsed_history,
                 delimiters=self._delimiter_table(policy),
-                stops=self._token_table(submission.stop_token_ids),
+                stops=self._take_stops(submission.stop_token_ids),
                 group=statistics.row,
                 prior=statistics.prior,
                 best=math.inf if submission.best is None else submission.best,
             ),
         )
         followed = _Followed(
-            submission.uid, slot, submission.group, output_ids, opened=self._step + 1, watched=submission.watched
+            submission.uid,
+            slot,
+            submission.group,
+            output_ids,
+            opened=self._step + 1,
+            watched=submission.watched,
+            stops=submission.stop_token_ids,
         )
         self._followed[submission.uid] = followed
         return followed
@@ -341,6 +373,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
             return
         self._monitor.close(followed.slot)
         self._free_slots.append(followed.slot)
+        self._give_stops_back(followed.stops)
 
     def _prior_row(self, key: str) -> int:
         """Row of the prior for responses of one kind; the one that was used least lately gives its row to a new one.
@@ -363,10 +396,26 @@ class SegmentMonitorProcessor(LogitsProcessor):
         """Int64, on the device. Through numpy, which reads a list in half of torch's time."""
         return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self._device)
 
-    def _token_table(self, token_ids: tuple[int, ...]) -> int:
-        if token_ids not in self._token_tables:
-            self._token_tables[token_ids] = self._monitor.add_token_table(torch.tensor(token_ids))
-        return self._token_tables[token_ids]
+    def _take_stops(self, token_ids: tuple[int, ...]) -> int:
+        """Row of a table of the tokens that end a response; it is theirs until it was given back as often as taken."""
+        if not token_ids:
+            return 0
+        row, uses = self._stops.get(token_ids, (None, 0))
+        if row is None:
+            replaced = self._free_stops.pop() if self._free_stops else None
+            row = self._monitor.add_token_table(torch.tensor(token_ids), replaced)
+        self._stops[token_ids] = row, uses + 1
+        return row
+
+    def _give_stops_back(self, token_ids: tuple[int, ...]) -> None:
+        if not token_ids:
+            return
+        row, uses = self._stops[token_ids]
+        if uses > 1:
+            self._stops[token_ids] = row, uses - 1
+        else:
+            del self._stops[token_ids]
+            self._free_stops.append(row)
 
     def _delimiter_table(self, policy: ErasurePolicy) -> int:
         """Row of the tokens whose text contains the policy's delimiter; 0, empty, for fixed segments."""

@@ -61,6 +61,8 @@ class StubReplica:
         self.script = script
         self.gate = gate
         self.said_before_gate = said_before_gate
+        self.ends = True
+        """Whether a response ends with the end-of-sequence token, unless that is ignored."""
         self.failures: list[Exception] = []
         self.pause_failures: list[Exception] = []
         self.dies_after: list[int] = []
@@ -73,7 +75,7 @@ class StubReplica:
 
     async def start(self) -> EngineFacts:
         self.calls.append("start")
-        return EngineFacts(0, 1024, (EOS,), 320, {})
+        return EngineFacts(0, 1024, (EOS,), 320, {}, sentinel_ids=(318, 319))
 
     async def generate(self, request: ResponseRequest, listener: Any) -> Trajectory:
         self.requests.append(request)
@@ -109,7 +111,7 @@ class StubReplica:
             await asyncio.sleep(0)
             token_ids = self.tokenizer(text)["input_ids"] if text else []
             verdict, gives_way_to = _verdict(told)
-            if place == _last_kept(script) and not request.ignore_eos:
+            if place == _last_kept(script) and self.ends and not request.ignore_eos:
                 token_ids.append(EOS)
             attempt = attempt_of(
                 token_ids,
@@ -163,6 +165,14 @@ class StubReplica:
             reused_prefix_tokens=reused,
         )
 
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> list[Any]:
+        """Each token has the log-prob of its place, and rank 1 or, if others are asked for too, one after them."""
+        self.calls.append(f"score {len(prompt_token_ids)}")
+        scores: list[Any] = [None]
+        for place, token in enumerate(prompt_token_ids[1:], 1):
+            scores.append({token: (-float(place), top + 1), **{other: (-0.5, other + 1) for other in range(top)}})
+        return scores
+
     async def probe(self) -> None:
         self.calls.append("probe")
 
@@ -170,6 +180,10 @@ class StubReplica:
         self.calls.append(f"sync {update.version}")
         self.checksum = update.checksum
         return update.checksum
+
+    async def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return self.under_way == 0
 
     async def pause(self, mode: str) -> None:
         self.calls.append(f"pause {mode}")

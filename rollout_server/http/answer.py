@@ -12,12 +12,13 @@ from starlette.types import Receive, Scope, Send
 from common.trajectory import ResponseRequest
 from common.weights import NonFiniteLogits
 from rollout_server.http.admission import Admission
+from rollout_server.http.choice import Choice
 from rollout_server.http.encoders import Encoder
-from rollout_server.http.errors import ApiError, unavailable
+from rollout_server.http.errors import ApiError, bad_request, unavailable
 from rollout_server.http.generation import Generation, MakeChoice
 from rollout_server.http.logs import FIELDS
 from rollout_server.http.middleware import REQUEST_ID, STARTED, send_error
-from rollout_server.http.replicas import GenerationAborted, NoWeights
+from rollout_server.http.replicas import GenerationAborted, NoWeights, RequestRefused
 from rollout_server.http.service import Service
 
 log = logging.getLogger("e3rl.http")
@@ -114,13 +115,19 @@ class GenerationAnswer(Response):
             else:
                 await generation.finish()
                 # First: what fails here must still be answered with an error.
-                body = self._encoder.whole(generation.choices)
+                body = await self._encoded(generation.choices)
                 await self._start(send, "application/json")
                 await send({"type": "http.response.body", "body": body})
         finally:
             places.give_back()
             if generation is not None:
                 service.count(generation)
+
+    async def _encoded(self, choices: list[Choice]) -> bytes:
+        """The whole answer; a long one is made beside the event loop."""
+        if any(choice.prompt_logprobs for choice in choices):
+            return await asyncio.to_thread(self._encoder.whole, choices)
+        return self._encoder.whole(choices)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
         # Closed at once, whatever ends it: what is left to the garbage collector generates until then.
@@ -166,6 +173,8 @@ def _api_error(error: Exception, request_id: str) -> ApiError:
     """What the client is told; what it is not told goes to the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestRefused):
+        return bad_request(str(error))
     if isinstance(error, NoWeights):
         return unavailable("the last weight sync failed: there are no complete weights until one succeeds")
     if isinstance(error, NonFiniteLogits):

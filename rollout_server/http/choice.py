@@ -12,6 +12,9 @@ from rollout_server.http.segments import JudgedSegment
 if TYPE_CHECKING:
     from rollout_server.rollback import TopLogprobs
 
+PromptScores = list[dict[int, tuple[float, int]] | None]
+"""Of each token of a prompt: log-prob and rank of it, first, and of the likeliest ones; None for the first token."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
@@ -46,11 +49,18 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceOptions:
-    """What a request wants to know of its choices. `top_logprobs`: null for no log-probs."""
+    """What a request wants to know of its choices. `top_logprobs`: null for no log-probs.
+
+    `end_token_id`: the token whose end of a response needs no reason. `prompt_logprobs`: of how many likeliest tokens,
+    beside each token of the prompt; null: it is not scored. `only_prompt`: nothing is generated.
+    """
 
     live: bool = False
     segments: bool = True
     top_logprobs: int | None = None
+    end_token_id: int | None = None
+    prompt_logprobs: int | None = None
+    only_prompt: bool = False
 
 
 class Observer(Protocol):
@@ -98,13 +108,17 @@ class Choice:
         self.policy_version = 0
         self.trajectory: Trajectory | None = None
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.prompt_logprobs: PromptScores | None = None
         self.chunks: list[Chunk] = []
         self.is_complete = False
         """Whether its last segment was accepted."""
         self.introduced = False
-        """For encoders: whether the stream has named the choice's role."""
+        """For encoders: whether the stream has said what comes once, as the choice's role."""
         self.logprob_offset = 0
         """For encoders: where in the text the next token's log-prob belongs."""
+        self.told_tokens = 0
+        """For encoders: tokens that the stream has told and not taken back."""
         self.stop: Callable[[], None] | None = None
         self._cursor = cursor
         monitored = request.policy is not None
@@ -284,6 +298,9 @@ class Choice:
         self.policy_version = policy_version
         stopped = self.has_stopped() or trajectory is None
         self.finish_reason = "stop" if stopped else trajectory.finish_reason  # type: ignore[union-attr]
+        self.stop_reason = self._cursor.stopped
+        if self.finish_reason == "stop" and not stopped and self.token_ids[-1] != self.options.end_token_id:
+            self.stop_reason = self.token_ids[-1]
         text = self._cursor.finish()
         self._texts.append(text)
         if self._live is not None:
@@ -291,6 +308,12 @@ class Choice:
         if self._uncut is not None:
             self._trim_segments(self._uncut.characters - self._cursor.characters)
         self._emit(Chunk(text=text, final=True))
+
+    def finish_scored(self, policy_version: int) -> None:
+        """Only the prompt was scored."""
+        self.policy_version = policy_version
+        self.finish_reason = "length"
+        self._emit(Chunk(final=True))
 
     def _trim_segments(self, excess: int) -> None:
         """Cut what a stop string took off the text from the end of the last accepted segments."""

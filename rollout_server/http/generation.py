@@ -113,6 +113,9 @@ class Generation:
             member = await self._choose(len(unfinished), resubmitted=losses > 0)
             tasks: list[asyncio.Task[None]] = []
             try:
+                await _score_prompt(unfinished, member)
+                if group[0].options.only_prompt:
+                    return
                 for choice, request in zip(unfinished, requests, strict=True):
                     tasks.append(asyncio.create_task(self._respond(choice, request, member)))
                 await _all(tasks)
@@ -178,6 +181,19 @@ class Generation:
         if trajectory is not None and not listens:
             choice.take(trajectory)
         choice.finish(trajectory, member.version)
+
+
+async def _score_prompt(choices: list[Choice], member: Member) -> None:
+    """Score the prompt of a group's choices, if that is wanted and not yet done."""
+    options, request = choices[0].options, choices[0].request
+    if options.prompt_logprobs is None or all(choice.prompt_logprobs is not None for choice in choices):
+        return
+    salt = request.extras.cache_salt
+    scores = await member.replica.score(request.prompt_token_ids, options.prompt_logprobs, salt)
+    for choice in choices:
+        choice.prompt_logprobs = scores
+        if options.only_prompt:
+            choice.finish_scored(member.version)
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

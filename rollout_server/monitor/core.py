@@ -10,6 +10,7 @@ rest is written in what both spell alike.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,16 @@ class SegmentMonitor:
         """Slots that exist."""
         return len(self._forced)
 
-    def add_token_table(self, token_ids: torch.Tensor) -> int:
-        """A table of the tokens that end a segment or a response; returns the row that names it. Row 0 is empty."""
+    def add_token_table(self, token_ids: torch.Tensor, replaced: int | None = None) -> int:
+        """A table of the tokens that end a segment or a response; returns the row that names it. Row 0 is empty.
+
+        `replaced`: the row of a table that no slot needs any more.
+        """
         row = self._zeros(1, self.vocabulary, dtype=self._xp.bool)
         row[0, self._array(token_ids, self._xp.int64)] = True
+        if replaced is not None:
+            self._token_tables[replaced] = row[0]
+            return replaced
         self._token_tables = self._xp.concatenate([self._token_tables, row])
         return len(self._token_tables) - 1
 
@@ -288,12 +295,18 @@ class SegmentMonitor:
         prior_variance = (prior_second - prior_mean**2).clip(0.0)
         return columns([n, mean, variance, strength, prior_mean, prior_variance])
 
-    def prepare(self, slots: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
+    def prepare(
+        self,
+        slots: torch.Tensor,
+        logits: torch.Tensor,
+        rows: torch.Tensor | None,
+        adjust: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor | None:
         """Keep what is needed of the logits and force sentinels, in place, before the engine samples.
 
         `logits` float32 `[batch, vocabulary]`; `slots` `[rows]` are the followed rows, `rows` where they are in the
-        batch (None: they are the batch). The distribution that is measured is the model's own: before sentinels are
-        masked and before temperature.
+        batch (None: they are the batch). The distribution that is measured is the model's own: before `adjust` changes
+        the rows `[rows, vocabulary]` in place, before sentinels are masked and before temperature.
 
         Returns which rows `[rows]` got logits that are not finite: they are forced to the finish sentinel. None if it
         is known that there are none.
@@ -314,6 +327,8 @@ class SegmentMonitor:
             temperature = self._tensor(self._temperature(self._ints[own_slots], self._reals[own_slots])).float()
             tempered = logprobs / temperature.clamp(min=1e-5).unsqueeze(1)
             self._behaviour_normaliser[own_slots] = self._own(tempered.logsumexp(dim=1))
+        if adjust is not None:
+            adjust(own)
         # Before the best token is looked for: it must not be a sentinel.
         own.index_fill_(1, self._sentinel_ids, -math.inf)
         if self._retempered and temperature is not None:

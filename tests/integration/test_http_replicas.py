@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -126,10 +127,12 @@ async def kill_half_way(server: ServerProcess, engines: int) -> None:
 
 
 async def test_a_killed_replica_loses_no_request_and_comes_back_with_the_weights(
-    pair: ServerProcess, http_model: Path
+    pair: ServerProcess, http_model: Path, tmp_path: Path
 ) -> None:
-    synced = pair.admin_client.post("/weights/sync", json={"path": str(http_model.parent / "other")})
+    checkpoint = shutil.copytree(http_model.parent / "other", tmp_path / "checkpoint")
+    synced = pair.admin_client.post("/weights/sync", json={"path": str(checkpoint)})
     assert synced.status_code == 200, synced.text
+    shutil.rmtree(checkpoint)
     checksum = synced.json()["checksum"]
     await kill_half_way(pair, engines=2)
     assert pair.metric("e3rl_replica_restarts") <= 1

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from common.config import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
 from common.threshold import History, adaptive_threshold, is_erased, kept_attempt, shrunk_moments
-from common.trajectory import Attempt, ResponseRequest, Trajectory
+from common.trajectory import Attempt, ResponseRequest, SamplingExtras, Trajectory
 from common.uncertainty import segment_uncertainty, token_signal
 from tests.engines import ReferenceModel, RunningEngine, group_requests, running_engine
 from tests.models import byte_tokenizer, tiny_llama, tiny_qwen3
@@ -314,6 +315,94 @@ def test_an_infinite_threshold_gives_plain_vllms_tokens(family: Family, temperat
     plain = plain_vllm(family.engine, requests, excluded=family.engine.engine.sentinel_ids)
     assert [t.token_ids for t in erasable] == plain
     assert {t.finish_reason for t in erasable} <= {"stop", "length"}
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "penalties": {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3},
+    "biases and masks": {
+        "logit_bias": {65: 4.0, 256: 3.0, 70: -100.0},
+        "allowed_token_ids": (*range(64, 90), 256),
+        "bad_words": ("ab", "b", "cde", "ca"),
+        "min_tokens": 20,
+        "stop_token_ids": (66, 80),
+    },
+    "short": {"min_tokens": 12, "stop_token_ids": tuple(range(60, 100)), "frequency_penalty": -0.5},
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("temperature", [0.9, 0.0])
+def test_with_extras_an_infinite_threshold_gives_plain_vllms_tokens(
+    family: Family, name: str, temperature: float
+) -> None:
+    """The plain path is vLLM's own implementation; the monitored one is the adapter's."""
+    extras = SamplingExtras(**EXTRAS[name])
+    requests = group_requests(8, 2, max_tokens=50, seed=17, temperature=temperature, extras=extras)
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=8), threshold=math.inf, retry_temperature=1.0)
+    erasable = family.engine.generate([r.model_copy(update={"policy": policy}) for r in requests])
+    sentinels = dict.fromkeys(family.engine.engine.sentinel_ids, -100.0)
+    biased = extras.model_copy(update={"logit_bias": {**extras.logit_bias, **sentinels}})
+    plain = family.engine.generate([r.model_copy(update={"extras": biased}) for r in requests])
+    assert [t.token_ids for t in erasable] == [t.token_ids for t in plain]
+    assert [t.finish_reason for t in erasable] == [t.finish_reason for t in plain]
+    assert min(len(t.token_ids) for t in plain) >= extras.min_tokens
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_with_extras_every_token_is_the_best_given_the_committed_prefix(family: Family, name: str) -> None:
+    """Greedy first attempts, with erasures between: each token is what transformers and a few lines here find best."""
+    extras = SamplingExtras(**EXTRAS[name])
+    policy = ErasurePolicy(
+        segmentation=FixedSegmentation(length=5), threshold=0.0, max_erasures=1, retry_temperature=1.0
+    )
+    common = {"max_tokens": 40, "temperature": 0.0, "extras": extras, "policy": policy}
+    checked = 0
+    for trajectory in family.engine.generate(group_requests(6, 2, seed=23, **common)):
+        for attempt in trajectory.attempts:
+            committed = trajectory.token_ids[: attempt.start]
+            logits = family.reference.logits(trajectory.prompt_token_ids + committed, attempt.token_ids)
+            logits[:, list(family.engine.engine.sentinel_ids)] = -math.inf
+            for place, token in enumerate(attempt.token_ids):
+                so_far = committed + attempt.token_ids[:place]
+                adjusted = adjusted_logits(logits[place], extras, trajectory.prompt_token_ids, so_far)
+                assert adjusted[token] > -math.inf
+                if attempt.attempt == 0:
+                    assert adjusted[token] >= adjusted.max() - TOLERANCE
+                    checked += 1
+    assert checked > 100
+    assert family.engine.counters()["following"] == 0
+
+
+def adjusted_logits(logits: torch.Tensor, extras: SamplingExtras, prompt: list[int], so_far: list[int]) -> torch.Tensor:
+    """OpenAI's and vLLM's definitions, for one position."""
+    result = logits.clone()
+    for token in range(len(result)):
+        value = float(result[token]) + extras.logit_bias.get(token, 0.0)
+        if token in prompt or token in so_far:
+            value = value / extras.repetition_penalty if value > 0 else value * extras.repetition_penalty
+        count = so_far.count(token)
+        value -= extras.frequency_penalty * count + extras.presence_penalty * (count > 0)
+        banned = extras.allowed_token_ids is not None and token not in extras.allowed_token_ids
+        ends = len(so_far) < extras.min_tokens and token in (256, *extras.stop_token_ids)
+        result[token] = -math.inf if banned or ends else value
+    for word in extras.bad_words:
+        *before, last = [byte_token(character) for character in word]
+        if so_far[len(so_far) - len(before) :] == before:
+            result[last] = -math.inf
+    return result
+
+
+def test_a_prompts_scores_are_those_of_transformers(family: Family) -> None:
+    prompt = group_requests(1, 1, max_tokens=1, prompt_tokens=60)[0].prompt_token_ids
+    scores = family.engine.run(family.engine.engine.score(prompt, 3))
+    expected = torch.log_softmax(family.reference.logits(prompt[:1], prompt[1:]), dim=-1)
+    assert scores[0] is None
+    assert len(scores) == len(prompt)
+    for token, known, row in zip(prompt[1:], scores[1:], expected, strict=True):
+        assert known[token][0] == pytest.approx(float(row[token]), abs=TOLERANCE)
+        assert known[token][1] == int((row > row[token]).sum()) + 1
+        for likely in row.topk(3).indices.tolist():
+            assert known[likely][0] == pytest.approx(float(row[likely]), abs=TOLERANCE)
 
 
 def plain_vllm(engine: RunningEngine, requests: list[ResponseRequest], excluded: Iterable[int] = ()) -> list[list[int]]:

@@ -20,6 +20,7 @@ async def test_admin_routes() -> None:
         "replica": 0,
         "policy_version": 0,
         "checksum": None,
+        "error": None,
         "non_finite_version": None,
         "last_sync": None,
     }

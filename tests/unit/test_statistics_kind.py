@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from common.config import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
-from common.trajectory import ResponseRequest
+from common.trajectory import ResponseRequest, SamplingExtras
 from rollout_server.submission import NOT_OF_A_KIND, POLICY_NOT_OF_A_KIND, statistics_kind
 from tests.trajectories import attempt_of
 
@@ -22,7 +22,14 @@ SAME: dict[str, Any] = {
     "resume_from": [attempt_of([1], segment=0, start=0)],
 }
 """Another value of each field of a request that leaves the kind as it is."""
-OTHER: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "ignore_eos": True}
+OTHER: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.1,
+    "ignore_eos": True,
+    "extras": SamplingExtras(presence_penalty=0.5),
+}
 """Another value of each field of a request that makes another kind."""
 POLICY_SAME: dict[str, Any] = {
     "min_uncertainty": 0.5,
