@@ -97,6 +97,9 @@ The token limit, too: it shortens a response's last segment only, and clients ch
 to the kind, a new one as well: to compare too little is harmless, to mix is not.
 """
 
+EXTRAS_NOT_OF_A_KIND = frozenset({"cache_salt"})
+"""Fields of `SamplingExtras` that change nothing of what is sampled."""
+
 POLICY_NOT_OF_A_KIND = frozenset(
     {
         "min_uncertainty",
@@ -124,7 +127,8 @@ def statistics_kind(request: ResponseRequest, policy: ErasurePolicy) -> str:
     A digest, since what truncates or biases sampling may be long.
     """
     of_policy = POLICY_NOT_OF_A_KIND - {"retry_temperature"} if policy.observe == "all" else POLICY_NOT_OF_A_KIND
-    settings = request.model_dump_json(exclude=set(NOT_OF_A_KIND)) + policy.model_dump_json(exclude=set(of_policy))
+    of_request: dict[str, Any] = dict.fromkeys(NOT_OF_A_KIND, True) | {"extras": set(EXTRAS_NOT_OF_A_KIND)}
+    settings = request.model_dump_json(exclude=of_request) + policy.model_dump_json(exclude=set(of_policy))
     return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
 

@@ -16,6 +16,7 @@ import pytest
 from tests.http_server import Background, ServerProcess, events, running_server, texts
 
 ERASURE = {"segmentation": {"mode": "fixed", "length": 5}, "threshold": 0, "max_erasures": 1}
+BEST = {**ERASURE, "max_erasures": 2, "on_exhaustion": "best", "regeneration_budget": 10}
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +33,17 @@ def engine_processes(server: ServerProcess) -> list[psutil.Process]:
     return [child for child in children if "EngineCore" in "".join(child.cmdline()[:1]) or "EngineCor" in child.name()]
 
 
-def test_streams_through_actors_are_the_whole_answer(pair: ServerProcess) -> None:
+@pytest.mark.parametrize("erasure", [ERASURE, BEST], ids=["last", "best"])
+def test_streams_through_actors_are_the_whole_answer(pair: ServerProcess, erasure: dict[str, Any]) -> None:
     request: dict[str, Any] = {"prompt": "Hello", "max_tokens": 17, "n": 3, "seed": 1, "ignore_eos": True}
-    whole = [choice["text"] for choice in pair.complete(**request, erasure=ERASURE)["choices"]]
+    choices = pair.complete(**request, erasure=erasure)["choices"]
+    whole = [choice["text"] for choice in choices]
     for mode in ("commit", "live"):
-        answer = pair.post("/v1/completions", **request, stream=True, erasure={**ERASURE, "stream": mode})
+        answer = pair.post("/v1/completions", **request, stream=True, erasure={**erasure, "stream": mode})
         assert texts(list(events(iter(answer.text.split("\n")))), 3) == whole
-    stopped = pair.complete(**request, erasure=ERASURE, stop=whole[0][3:5])["choices"][0]
+    kept = {s["attempt"] for choice in choices for s in choice["erasure"]["segments"] if s["verdict"] == "accepted"}
+    assert kept == ({0, 1, 2} if erasure is BEST else {1})
+    stopped = pair.complete(**request, erasure=erasure, stop=whole[0][3:5])["choices"][0]
     assert stopped["text"] == whole[0][: whole[0].index(whole[0][3:5])]
 
 

@@ -6,7 +6,12 @@ import pytest
 
 from common.config import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
 from common.trajectory import ResponseRequest, SamplingExtras
-from rollout_server.submission import NOT_OF_A_KIND, POLICY_NOT_OF_A_KIND, statistics_kind
+from rollout_server.submission import (
+    EXTRAS_NOT_OF_A_KIND,
+    NOT_OF_A_KIND,
+    POLICY_NOT_OF_A_KIND,
+    statistics_kind,
+)
 from tests.trajectories import attempt_of
 
 SAME: dict[str, Any] = {
@@ -31,6 +36,17 @@ OTHER: dict[str, Any] = {
     "extras": SamplingExtras(presence_penalty=0.5),
 }
 """Another value of each field of a request that makes another kind."""
+EXTRAS_SAME: dict[str, Any] = {"cache_salt": "mine"}
+EXTRAS_OTHER: dict[str, Any] = {
+    "stop_token_ids": (3,),
+    "min_tokens": 2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "logit_bias": {3: 1.0},
+    "allowed_token_ids": (1, 2),
+    "bad_words": ("no",),
+}
 POLICY_SAME: dict[str, Any] = {
     "min_uncertainty": 0.5,
     "kappa": 0.0,
@@ -76,6 +92,9 @@ def test_every_field_is_on_one_side() -> None:
     assert set(POLICY_SAME) == POLICY_NOT_OF_A_KIND
     # A field that is new belongs to the kind unless it is named; either way it must be entered here.
     assert SAME.keys() | OTHER.keys() | {"policy"} == ResponseRequest.model_fields.keys()
+    assert set(EXTRAS_SAME) == EXTRAS_NOT_OF_A_KIND
+    # Nothing is monitored that follows a JSON schema.
+    assert EXTRAS_SAME.keys() | EXTRAS_OTHER.keys() | {"json_schema"} == SamplingExtras.model_fields.keys()
     assert POLICY_SAME.keys() | POLICY_OTHER.keys() == ErasurePolicy.model_fields.keys()
 
 
@@ -87,6 +106,12 @@ def test_what_changes_sampling_makes_another_kind(name: str) -> None:
 @pytest.mark.parametrize("name", SAME)
 def test_what_leaves_sampling_alone_makes_no_other_kind(name: str) -> None:
     assert kind(**{name: SAME[name]}) == kind()
+
+
+@pytest.mark.parametrize("name", [*EXTRAS_SAME, *EXTRAS_OTHER])
+def test_extras_make_another_kind_if_they_change_sampling(name: str) -> None:
+    extras = SamplingExtras(**{name: (EXTRAS_SAME | EXTRAS_OTHER)[name]})
+    assert (kind(extras=extras) != kind()) == (name in EXTRAS_OTHER)
 
 
 @pytest.mark.parametrize("name", POLICY_OTHER)
