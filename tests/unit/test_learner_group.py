@@ -53,7 +53,7 @@ async def test_weights_that_are_not_finite_are_the_learners_failure_and_their_fi
     group = object.__new__(LearnerGroup)
     group._config, group._ranks = config_for(1, 1, "float32"), [None]
     group._call = written  # type: ignore[method-assign]
-    with pytest.raises(PartError, match="version 7: model.norm.weight holds NaN or infinity") as error:
+    with pytest.raises(PartError, match=r"version 7: model\.norm\.weight holds NaN or infinity") as error:
         await group.export_weights(7)
     assert error.value.part == "learner"
     assert not any(tmp_path.iterdir())
