@@ -17,6 +17,7 @@ from common.config.run import RunConfig
 from common.trajectory import Group
 from common.weights import WeightUpdate
 from learner.batching import RankBatch, rank_batches, split_minibatches, token_counts
+from learner.errors import PartError
 from learner.objectives import ObjectiveStatistics
 from learner.policy import PolicyError
 from learner.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, Placement
@@ -72,7 +73,11 @@ class LearnerGroup:
         return _step_metrics(minibatches, results, self._config.learner.objective.kl_coefficient > 0.0)
 
     async def export_weights(self, version: int) -> WeightUpdate:
-        """Write the current weights once, for every replica on this machine to read, until `release_weights`."""
+        """Write the current weights once, for every replica on this machine to read, until `release_weights`.
+
+        Raises:
+            PartError: of the learner, a parameter is not finite.
+        """
         name = f"{file_prefix(self._config.name, os.getpid())}v{version}.safetensors"
         results: list[WrittenWeights | None] = await self._call(
             "export_weights",
@@ -83,6 +88,10 @@ class LearnerGroup:
         written = results[0]
         if written is None:
             raise LearnerError(f"rank 0 wrote no weights for version {version}")
+        if written.not_finite is not None:
+            await asyncio.to_thread(Path(written.path).unlink, missing_ok=True)
+            # As a failure of the learner, so that no checkpoint is made of these weights.
+            raise PartError("learner", f"weights version {version}: {written.not_finite} holds NaN or infinity")
         return WeightUpdate(
             version=version,
             backend=self._config.sync.backend,

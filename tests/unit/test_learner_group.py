@@ -1,12 +1,15 @@
 """Which device each learner rank is given. The ranks themselves run in `tests/integration/test_learner.py`."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.config import RunConfig
-from learner.group import LearnerError, environments, trains_on_gpus
+from learner.errors import PartError
+from learner.group import LearnerError, LearnerGroup, environments, trains_on_gpus
 from learner.rank import Placement
+from learner.weight_file import WrittenWeights
 from tests.configs import run_config
 
 
@@ -37,3 +40,20 @@ def test_a_rank_that_sees_one_gpu_alone_uses_device_0() -> None:
     for environment in on_gpus:
         assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4000")
         assert (environment["WORLD_SIZE"], environment["LOCAL_SIZE"]) == ("4", "2")
+
+
+async def test_weights_that_are_not_finite_are_the_learners_failure_and_their_file_is_removed(tmp_path: Path) -> None:
+    """A failure of another part would be followed by a checkpoint of these weights."""
+
+    async def written(*_: Any, **__: Any) -> list[WrittenWeights]:
+        path = tmp_path / "weights"
+        path.touch()
+        return [WrittenWeights(str(path), "0" * 16, 1, 4, "model.norm.weight")]
+
+    group = object.__new__(LearnerGroup)
+    group._config, group._ranks = config_for(1, 1, "float32"), [None]
+    group._call = written  # type: ignore[method-assign]
+    with pytest.raises(PartError, match=r"version 7: model\.norm\.weight holds NaN or infinity") as error:
+        await group.export_weights(7)
+    assert error.value.part == "learner"
+    assert not any(tmp_path.iterdir())
