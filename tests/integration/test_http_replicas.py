@@ -47,6 +47,16 @@ def test_streams_through_actors_are_the_whole_answer(pair: ServerProcess, erasur
     assert stopped["text"] == whole[0][: whole[0].index(whole[0][3:5])]
 
 
+def test_prompts_are_scored_and_parameters_refused_through_actors(pair: ServerProcess) -> None:
+    scored = pair.complete("Hello", max_tokens=4, seed=1, echo=True, logprobs=1, erasure=ERASURE)["choices"][0]
+    only = pair.complete("Hello", max_tokens=0, echo=True, logprobs=1)["choices"][0]
+    assert only["logprobs"]["token_logprobs"] == scored["logprobs"]["token_logprobs"][:5]
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+    refused = pair.post("/v1/completions", prompt="a", response_format=schema, erasure={"enabled": False})
+    assert refused.status_code == 400, refused.text
+    assert pair.admin_client.post("/reset_prefix_cache").json() == {"success": True}
+
+
 def test_pauses_reach_both_replicas(pair: ServerProcess) -> None:
     body: dict[str, Any] = {"prompt": "Hello", "n": 8, "ignore_eos": True, "erasure": ERASURE}
     calls = [Background(lambda: pair.post("/v1/completions", **body, max_tokens=900)) for _ in range(2)]

@@ -55,7 +55,13 @@ def processor(address: str) -> SegmentMonitorProcessor:
 
 
 def params(
-    uid: int, group: str = "", group_size: int = 1, limit: int = 2, kind: str = "usual", policy: str = POLICY
+    uid: int,
+    group: str = "",
+    group_size: int = 1,
+    limit: int = 2,
+    kind: str = "usual",
+    policy: str = POLICY,
+    stops: tuple[int, ...] = (),
 ) -> SamplingParams:
     """Of a response of at most `limit` tokens in segments of two; a group of its own if none is named."""
     submission = Submission(
@@ -74,7 +80,7 @@ def params(
         temperature=1.0,
         engine_temperature=1.0,
         history=(0.0, 0.0, 0.0),
-        stop_token_ids=(),
+        stop_token_ids=stops,
         watched=False,
     )
     return SamplingParams(extra_args=submission.extra_args())
@@ -102,6 +108,25 @@ def test_a_request_whose_end_is_reported_after_it_left_gives_its_slot_back() -> 
     inbox.close()
     assert counters["following"] == 0
     assert counters["slots"] <= 2 * DEPARTED_KEPT + 2
+
+
+def test_tokens_that_end_responses_take_no_place_for_ever() -> None:
+    inbox = Inbox()
+    followed = processor(inbox.address)
+    for uid in range(10 * DEPARTED_KEPT):
+        stops = (uid % 40, 7) if uid % 2 else (uid % 40,)
+        output_ids: list[int] = []
+        rows = [(0, params(uid, limit=200, stops=stops), None, output_ids)]
+        followed.update_state(BatchUpdate(1, removed=[], added=rows, moved=[]))
+        for token in (41, stops[-1]):
+            assert followed.apply(torch.zeros(1, VOCABULARY)).isfinite().sum() > 1
+            output_ids.append(token)
+        assert followed.apply(torch.zeros(1, VOCABULARY)).argmax() == SENTINELS[1]
+        followed.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
+    tables = len(followed._monitor._token_tables)
+    followed._outbox.close()
+    inbox.close()
+    assert tables <= DEPARTED_KEPT + 3
 
 
 def step(followed: SegmentMonitorProcessor, *rows: list[int]) -> None:
