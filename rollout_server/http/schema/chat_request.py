@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rollout_server.http.schema.base import MAX_TOKENS, RequestModel
+from rollout_server.http.schema.base import MAX_TOKENS, RequestModel, at_most
 from rollout_server.http.schema.neutral import Neutral
 from rollout_server.http.schema.sampling import (
     MAX_TOP_LOGPROBS,
@@ -83,7 +83,7 @@ class Message(RequestModel):
         default=None, description="null only of an assistant, which called tools."
     )
     name: Name | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
     reasoning: str | None = Field(default=None, description="The assistant's, where the template shows it.")
     reasoning_content: str | None = Field(default=None, description="The older name of reasoning.")
@@ -159,7 +159,7 @@ class Tool(RequestModel):
 class TemplateOptions(RequestModel):
     """What a chat template renders beside messages."""
 
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = Field(
         default=None, description="Rendered by the chat template."
     )
     add_generation_prompt: bool | None = Field(default=None, description="null: unless continue_final_message.")
@@ -167,9 +167,12 @@ class TemplateOptions(RequestModel):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = Field(
         default=None, description="Variables of the chat template."
     )
-    documents: Annotated[list[dict[str, str]], Field(max_length=256)] | None = Field(
-        default=None, description="For templates that show documents."
-    )
+    documents: (
+        Annotated[
+            list[Annotated[dict[str, str], Field(max_length=64), at_most(64)]], Field(max_length=256, fail_fast=True)
+        ]
+        | None
+    ) = Field(default=None, description="For templates that show documents.")
     chat_template: Annotated[
         Literal[""] | None, Neutral("a template is a program: the server runs only its model's own")
     ] = None
@@ -214,7 +217,7 @@ class ChatRequest(SamplingRequest, TemplateOptions):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None, description="A variable of the chat template; enable_thinking is true unless it is none."
     )
-    metadata: Annotated[dict[str, Name], Field(max_length=16)] | None = Field(
+    metadata: Annotated[dict[str, Name], Field(max_length=16), at_most(16)] | None = Field(
         default=None, description=f"Accepted without effect: {NO_STORE}."
     )
     safety_identifier: Name | None = Field(default=None, description="Accepted without effect.")

@@ -13,6 +13,7 @@ from rollout_server.http.schema.base import (
     AnswerModel,
     RequestModel,
     TokenId,
+    at_most,
 )
 from rollout_server.http.schema.erasure import ErasureOptions
 from rollout_server.http.schema.neutral import Neutral
@@ -95,14 +96,14 @@ class SamplingRequest(RequestModel):
     presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100.0)
-    logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=300)] | None = Field(
+    logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=300), at_most(300)] | None = Field(
         default=None, description="By token id. At most 300."
     )
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=8192, fail_fast=True)] | None = None
-    bad_words: Annotated[list[BadWord], Field(max_length=64)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=64, fail_fast=True)] | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Makes the request reproducible.")
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="No end before so many tokens.")
