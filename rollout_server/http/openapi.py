@@ -57,8 +57,12 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def streamed(media_type: str, model: type[BaseModel], text: str) -> dict[str, Any]:
-    """The description of status 200 of a route that can stream `model`s."""
+    """The description of status 200 of a route that can stream `model`s: lines, or the data of server-sent events."""
     schema = {"type": "string", "description": text, "x-each": {"$ref": REFERENCE.format(model=model.__name__)}}
+    if media_type == "text/event-stream":
+        # What is described of such a stream is one event.
+        event = {"event": {"const": "message"}, "data": schema}
+        schema = {"type": "object", "properties": event, "required": ["data"]}
     return {"content": {media_type: {"schema": schema}}}
 
 

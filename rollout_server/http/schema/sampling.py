@@ -102,7 +102,7 @@ class SamplingRequest(RequestModel):
     bad_words: Annotated[list[BadWord], Field(max_length=64)] | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Makes the request reproducible.")
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="No end before so many tokens.")
