@@ -50,11 +50,10 @@ class RunFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What is checked and read before a run's directory is touched. `tokenizer`: None before its model is made."""
+    """What is checked and read before a run's directory is touched."""
 
     rows: dict[Split, list[Row]]
     rewards: Rewards
-    tokenizer: Any
 
 
 def train(config: RunConfig, *, resume: bool) -> dict[str, Any]:
@@ -104,19 +103,17 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 
 @contextmanager
 def _prepared(config: RunConfig) -> Iterator[_Prepared]:
-    """Read data and tokenizer and load the reward function, which need no Ray; stop the function afterwards."""
+    """Read the data and load the reward function, which need neither model nor Ray; stop the function afterwards."""
     rows: dict[Split, list[Row]] = {"train": read_rows(config, "train"), "test": read_rows(config, "test")}
     every_row = [row for split in rows.values() for row in split]
     if isinstance(config.reward, ChainReward):
         check_prompts(every_row)
     elif isinstance(config.reward, MathReward):
         check_answers(every_row)
-    to_be_made = config.model.warm_start and not Path(config.model.path).exists()
-    tokenizer = None if to_be_made else load_tokenizer(config)
     rewards = make_rewards(config.reward)
     try:
         asyncio.run(rewards.start())
-        yield _Prepared(rows, rewards, tokenizer)
+        yield _Prepared(rows, rewards)
     finally:
         asyncio.run(rewards.close())
 
@@ -180,7 +177,7 @@ def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, displa
 
 def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Problems:
     display.phase("reading the tokenizer and the prompts")
-    tokenizer = prepared.tokenizer or load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     limit = config.rollout.max_prompt_tokens
     sets = {split: tokenise(rows, tokenizer, limit, split) for split, rows in prepared.rows.items()}
     for split, prompts in sets.items():
