@@ -13,6 +13,7 @@ from typing import Any
 from common import metrics as names
 from common.config.run import RunConfig
 from common.interfaces import Rollouts
+from common.manifest import write_manifest
 from common.trajectory import Group, Prompt
 from learner.data import PromptStream
 from learner.display import Display
@@ -297,6 +298,7 @@ class Driver:
             partial.mkdir()
             await self._learner.save_checkpoint(partial / "learner")
             save_state(partial, state)
+            await asyncio.to_thread(write_manifest, partial)
         with part("checkpoint", state.step):
             self._directory.keep_newest_checkpoints(self._config.checkpoint.keep)
 

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from common import metrics
 from common.config.run import RunConfig
+from common.manifest import write_manifest
 from common.trajectory import Group
 from common.weights import WeightUpdate
 from learner.batching import RankBatch, rank_batches, split_minibatches, token_counts
@@ -120,7 +121,7 @@ class LearnerGroup:
 
     async def export_huggingface(self, directory: Path) -> None:
         """Write the policy and its tokenizer as transformers and vLLM load them; complete or not at all."""
-        await self._write(directory, "export_huggingface", f"exporting the model to {directory}")
+        await self._write(directory, "export_huggingface", f"exporting the model to {directory}", manifest=True)
 
     async def close(self) -> None:
         """Stop the ranks, dead or alive, and remove the weight files of this process. May be called twice."""
@@ -170,7 +171,7 @@ class LearnerGroup:
         if differing:
             raise LearnerError(f"checkpoint {directory} was written by another set-up: {', '.join(differing)}")
 
-    async def _write(self, directory: Path, method: str, what: str) -> None:
+    async def _write(self, directory: Path, method: str, what: str, manifest: bool = False) -> None:
         """Let the ranks write beside `directory`, then rename: an interruption leaves no half of it."""
         directory = directory.resolve()
         partial_directory = directory.with_name(f".{directory.name}.partial")
@@ -183,6 +184,8 @@ class LearnerGroup:
                 self._config.learner.step_seconds,
                 each=[(str(partial_directory),)] * len(self._ranks),
             )
+            if manifest:
+                await asyncio.to_thread(write_manifest, partial_directory)
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, partial_directory, ignore_errors=True)
             raise

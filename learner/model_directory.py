@@ -9,6 +9,7 @@ from typing import Any
 
 from common.config.data import ChainData
 from common.config.run import RunConfig
+from common.manifest import MANIFEST, DamagedError, verify_manifest
 from common.sentinels import NoSentinelsError, model_sentinels
 from learner.errors import InputError
 
@@ -99,6 +100,14 @@ def check_directory(path: Path) -> None:
         raise InputError(f"model.path: {path} has no weights (*.safetensors)")
     for file in weights:
         _check_weights(file)
+    if (path / MANIFEST).is_file():
+        try:
+            verify_manifest(path)
+        except DamagedError as error:
+            raise InputError(
+                f"model.path: {path} is not what a run exported: {error}. If it was changed on purpose, delete its "
+                f"{MANIFEST}"
+            ) from error
 
 
 def _check_weights(file: Path) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from common.config import ConfigError, RunConfig, dump_yaml, load_config
+from common.manifest import DamagedError, verify_manifest
 from learner.errors import DiskFullError, InputError, writing
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 CHECKPOINT_STATE = "driver.json"
 CHANGEABLE_ON_RESUME = (
     "steps",
@@ -99,15 +101,44 @@ class RunDirectory:
         return self.checkpoints / f"step_{step}"
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, oldest first."""
+        """The steps that have a checkpoint, oldest first. What is half-written has another name."""
         found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.checkpoints.glob("step_*"))
-        steps = sorted(int(match[1]) for match in found if match)
-        return [step for step in steps if (self.checkpoint(step) / CHECKPOINT_STATE).is_file()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def set_damaged_checkpoints_aside(self) -> list[str]:
+        """Rename the newest checkpoints until one is whole; returns what was wrong with those before it.
+
+        Raises InputError, and renames nothing, if there are checkpoints and all are damaged.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for step in reversed(self.checkpoint_steps()):
+            path = self.checkpoint(step)
+            try:
+                verify_manifest(path)
+                break
+            except DamagedError as error:
+                damaged.append((path, f"{path} is damaged: {error}"))
+        else:
+            if damaged:
+                raise InputError(
+                    "\n".join(text for _, text in damaged) + f"\n{self.path} has no checkpoint that is whole: restore "
+                    f"one, or delete {self.checkpoints} to begin anew"
+                )
+        for path, _ in damaged:
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        return [text for _, text in damaged]
 
     def keep_newest_checkpoints(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints."""
-        for step in self.checkpoint_steps()[:-keep]:
+        """Delete all but the newest `keep` checkpoints, and those that were set aside before them."""
+        steps = self.checkpoint_steps()
+        for step in steps[:-keep]:
             self._delete_checkpoint(step)
+        for aside in self.checkpoints.glob(f"step_*{DAMAGED}"):
+            number = aside.name.removeprefix("step_").removesuffix(DAMAGED)
+            if number.isdecimal() and steps and int(number) <= steps[-1]:
+                shutil.rmtree(aside)
 
     def truncate(self, step: int) -> None:
         """Forget everything after `step` steps: it is about to be done again."""
@@ -133,8 +164,13 @@ class RunDirectory:
         with writing(self.path):
             for directory in (self.log, self.tensorboard, self.trajectories, self.checkpoints, self.plots):
                 directory.mkdir(exist_ok=True)
-            for partial in (*self.path.glob(f"*{PARTIAL}"), *self.checkpoints.glob(f"*{PARTIAL}")):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            for place in (self.path, self.checkpoints):
+                for old in place.glob(f"*.old{PARTIAL}"):
+                    path = old.with_name(old.name.removesuffix(f".old{PARTIAL}"))
+                    if not path.exists():
+                        old.rename(path)
+                for partial in place.glob(f"*{PARTIAL}"):
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         write_text(self.path / CONFIG, dump_yaml(config))
 
 
@@ -225,9 +261,14 @@ def replacing(path: Path) -> Iterator[Path]:
             yield partial
             if partial.is_file():
                 _flush_to_disk(partial)
+            old = path.with_name(f"{path.name}.old{PARTIAL}")
             if path.is_dir():
-                shutil.rmtree(path)
+                # Renamed, not deleted: at no moment may there be neither the old one nor the new one.
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
             partial.replace(path)
+            _flush_to_disk(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

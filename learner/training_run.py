@@ -147,6 +147,10 @@ def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> 
 
 def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, display: Display) -> dict[str, Any]:
     started = time.monotonic()
+    for damage in directory.set_damaged_checkpoints_aside():
+        text = f"{damage}; it is set aside, and the checkpoint before it is taken"
+        log.warning(text)
+        display.message(text)
     state = newest_state(directory)
     if is_finished(config, state) and directory.report.is_file():
         limit = "steps" if state.step >= config.steps else "token_budget"

@@ -31,6 +31,7 @@ class RolloutPool:
     def __init__(self) -> None:
         self._replicas: list[Any] = []
         self._outstanding: list[int] = []
+        self._progressed: list[float] = []
         self._engine = EngineConfig()
 
     async def start(self, config: RunConfig, log_directory: Path) -> None:
@@ -55,14 +56,17 @@ class RolloutPool:
             ).remote(number, log_directory / f"replica_{number}.log")
             self._replicas.append(actor)
         self._outstanding = [0] * engine.replicas
+        self._progressed = [0.0] * engine.replicas
         starts = [r.start.remote(config.model, engine, 0) for r in self._replicas]
         await self._all(starts, engine.start_seconds + SYNC_MARGIN_SECONDS, "start")
 
     async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
         """Generate all groups, each on the replica with the fewest responses under way.
 
+        Responses may wait for places, however many they are. What is watched is a replica's progress.
+
         Raises:
-            ReplicaError: a replica failed, or nothing came from one within `response_seconds`.
+            ReplicaError: a replica failed, or finished none of its responses within `response_seconds`.
         """
         finished: asyncio.Queue[Trajectory | asyncio.Task[None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._generate_group(group, finished)) for group in groups]
@@ -86,22 +90,42 @@ class RolloutPool:
         self, group: Sequence[ResponseRequest], finished: "asyncio.Queue[Trajectory | asyncio.Task[None]]"
     ) -> None:
         number = self._outstanding.index(min(self._outstanding))
+        if not self._outstanding[number]:
+            self._progressed[number] = time.monotonic()
         self._outstanding[number] += len(group)
         stream = self._replicas[number].generate.options(num_returns="streaming").remote(list(group))
         try:
             for _ in group:
-                async with asyncio.timeout(self._engine.response_seconds):
-                    reference = await anext(stream)
-                    finished.put_nowait(await reference)
-        except TimeoutError:
-            raise ReplicaError(
-                f"replica {number} finished no response of group {group[0].group_id} "
-                f"within {self._engine.response_seconds:g} s"
-            ) from None
+                finished.put_nowait(await self._next(number, stream, group[0].group_id))
         except (RayActorError, RayTaskError) as error:
             raise ReplicaError(f"replica {number} failed: {_cause(error)}") from error
         finally:
             self._outstanding[number] -= len(group)
+
+    async def _next(self, number: int, stream: Any, group_id: str) -> Trajectory:
+        """A group's next response, for which it may wait as long as its replica finishes others.
+
+        Whether the engine has taken a response, or lets it wait for a place or for KV blocks, is not known here. But
+        of those it has taken each finishes within `response_seconds`: so one of them does, or the replica is stuck.
+        """
+        waiting = asyncio.ensure_future(_awaited(stream))
+        seconds = self._engine.response_seconds
+        try:
+            while not waiting.done():
+                left = self._progressed[number] + seconds - time.monotonic()
+                if left <= 0.0:
+                    raise ReplicaError(
+                        f"replica {number} finished none of its {self._outstanding[number]} responses within "
+                        f"{seconds:g} s (rollout.engine.response_seconds), group {group_id} waits for one"
+                    )
+                await asyncio.wait({waiting}, timeout=left)
+            trajectory = waiting.result()
+            self._progressed[number] = time.monotonic()
+            return trajectory
+        finally:
+            if not waiting.done():
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> SyncReport:
         """Load `update` into every replica at once; see `Rollouts.sync`."""
@@ -145,6 +169,11 @@ class RolloutPool:
             except (RayActorError, RayTaskError) as error:
                 raise ReplicaError(f"replica {number} could not {purpose}: {_cause(error)}") from error
         return results
+
+
+async def _awaited(stream: Any) -> Trajectory:
+    trajectory: Trajectory = await (await anext(stream))
+    return trajectory
 
 
 async def _settled(call: Any) -> None:

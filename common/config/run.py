@@ -50,7 +50,11 @@ class EngineConfig(StrictModel):
     enforce_eager: bool = True
     num_gpu_blocks_override: int | None = Field(default=None, ge=2)
     start_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for a replica to start.")
-    response_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for one response.")
+    response_seconds: float = Field(
+        default=600.0,
+        gt=0.0,
+        description="Deadline for one response, from when the engine takes it: waiting for a place does not count.",
+    )
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from common.config import ConfigError, RunConfig
+from common.manifest import write_manifest
 from learner.data import read_rows, rows_digest
 from learner.driver_state import DriverState, save_state
 from learner.errors import InputError
@@ -57,6 +58,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     digest = rows_digest([*read_rows(planned, "train"), *read_rows(planned, "test")])
     directory.checkpoint(1).mkdir()
     save_state(directory.checkpoint(1), DriverState(step=1, position=2, data=digest))
+    write_manifest(directory.checkpoint(1))
     directory.close()
     # The same data gets past this check, to the model, which is not there.
     with pytest.raises(InputError, match=r"model\.path"):
