@@ -2,13 +2,13 @@
 
 import asyncio
 import itertools
+import logging
 import math
 import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from vllm import RequestOutput
 from vllm.config import WeightTransferConfig
@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, ModelConfig
+from common.sentinels import model_sentinels
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.plain_requests import PlainRequests
@@ -28,10 +29,11 @@ from rollout_server.records import Inbox, NonFiniteRecord, Record
 from rollout_server.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
 from rollout_server.sampling import plain_params, score_params
 from rollout_server.scheduling import SCHEDULER
-from rollout_server.sentinels import NoSentinelsError, find_sentinels
 from rollout_server.vllm_v1 import LOGITS_PROCESSOR
 from rollout_server.weight_transfer import HOST_BACKEND
 from rollout_server.worker_extension import WORKER_EXTENSION
+
+log = logging.getLogger("e3rl.engine")
 
 MAX_SCORED_LOGITS = 2**29
 """On CPU vLLM computes the logits of a whole prompt at once: 2 GiB of them at most."""
@@ -117,9 +119,6 @@ class ErasableEngine:
                 started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
                 # From here on vLLM keeps what it read of the environment, which it would look up for every token.
                 enable_envs_cache()
-                if sentinels := set(started.sentinel_ids) & set(started.eos_token_ids):
-                    await started.close()
-                    raise NoSentinelsError(f"sentinel id {min(sentinels)} ends this model's responses: choose another")
                 await llm.collective_rpc("e3rl_clear_new_blocks")
                 await llm.update_weight_version(str(version))
                 started.version = version
@@ -428,12 +427,8 @@ def prepare_environment(engine: EngineConfig) -> None:
 
 
 def _engine_args(model: ModelConfig, engine: EngineConfig, address: str, version: int) -> AsyncEngineArgs:
-    from transformers import AutoConfig, AutoTokenizer
-
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-    config = AutoConfig.from_pretrained(model.path, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
-    sentinel_ids = find_sentinels(config.get_text_config().vocab_size, tokenizer, model.sentinel_ids)
+    sentinels = model_sentinels(model)
+    log.info("sentinels: %s", sentinels)
     return AsyncEngineArgs(
         model=model.path,
         # The label of vLLM's metrics: not the directory's path, which clients need not know.
@@ -455,7 +450,7 @@ def _engine_args(model: ModelConfig, engine: EngineConfig, address: str, version
         logits_processors=[LOGITS_PROCESSOR],
         worker_extension_cls=WORKER_EXTENSION,
         weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
-        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinel_ids, "version": version}},
+        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinels.ids, "version": version}},
         disable_log_stats=not engine.log_stats,
         enable_log_requests=False,
         seed=0,

@@ -24,8 +24,9 @@ SENTINEL_STEPS = 1
 class ModelConfig(StrictModel):
     """The policy. `path`: a Hugging Face directory or hub name.
 
-    `warm_start`: make the demo's model at `path` first, if it is not there. `sentinel_ids`: two reserved token ids
-    that the tokenizer never produces; null finds them in the embedding rows above the tokenizer's length.
+    `warm_start`: make the demo's model at `path` first, if it is not there. `sentinel_ids`: two token ids that
+    responses never hold; null finds them (`common.sentinels`): embedding rows that no token has, else special tokens
+    that nothing uses.
     """
 
     path: str

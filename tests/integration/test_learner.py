@@ -61,6 +61,8 @@ def run_config(model: Path, *, run: str = "learner-test", **learner: Any) -> Run
         "advantage": {"credit": {"kind": "uncertainty"}, "erased_weight": 0.2},
         "optimizer": {
             "learning_rate": RATE,
+            # Above the rounding noise of gradients that almost cancel, which AdamW else makes whole steps of.
+            "epsilon": 1e-6,
             "warmup_steps": WARMUP,
             "schedule": "cosine",
             "max_gradient_norm": 0.05,
@@ -104,7 +106,9 @@ def plain_training(config: RunConfig, batches: list[list[Group]]) -> Reference:
     """One process, no DeepSpeed, no micro-batches: AdamW, `clip_grad_norm_` and a schedule of torch's own."""
     settings = config.learner.optimizer
     policy: Any = load_policy(config.model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=RATE, eps=settings.epsilon, weight_decay=settings.weight_decay
+    )
     total = config.steps * config.learner.minibatches_per_step
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
