@@ -32,8 +32,10 @@ def write_manifest(directory: Path) -> None:
             for path in paths
         }
     text = json.dumps({"files": files, "digest": _digest(_canonical(files))}, indent=1) + "\n"
-    target = directory / MANIFEST
-    target.write_text(text, encoding="utf-8")
+    target, new = directory / MANIFEST, directory / f"{MANIFEST}.new"
+    new.write_text(text, encoding="utf-8")
+    # A new file in its place: the old one may be another directory's, too.
+    new.replace(target)
     for path in (target, *(path for path in directory.rglob("*") if path.is_dir()), directory):
         _flush(path)
 

@@ -244,7 +244,8 @@ class Driver:
 
     async def _evaluate_if_due(self, stop: StopRequest) -> None:
         step, every = self._state.step, self._config.evaluation.every_steps
-        if step == 0 or (every and step % every == 0):
+        # A forked run that measures something else has no evaluation yet.
+        if step == 0 or (every and step % every == 0) or not self._record.evaluations:
             await self._evaluate(stop)
 
     async def _evaluate(self, stop: StopRequest) -> None:

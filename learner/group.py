@@ -13,8 +13,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common import metrics
-from common.config.run import RunConfig
+from common.config.run import LearnerConfig, RunConfig
 from common.manifest import write_manifest
+from common.out_of_memory import learner_advice, ran_out_of_memory
 from common.trajectory import Group
 from common.weights import WeightUpdate
 from learner.batching import RankBatch, rank_batches, split_minibatches, token_counts
@@ -211,7 +212,8 @@ class LearnerGroup:
                 await asyncio.wait(pending, timeout=GRACE_SECONDS)
                 errors = _errors(waits)
             if errors or pending:
-                failure = _failure(errors, [not wait.done() for wait in waits], what, seconds)
+                waiting = [not wait.done() for wait in waits]
+                failure = _failure(errors, waiting, what, seconds, self._config.learner)
                 self._failure = str(failure)
                 # Their peers would wait for the lost rank until the process group's own deadline.
                 for rank in self._ranks:
@@ -232,7 +234,9 @@ def _errors(waits: Sequence["asyncio.Future[Any]"]) -> dict[int, BaseException]:
     return {rank: error for rank, wait in enumerate(waits) if wait.done() and (error := wait.exception())}
 
 
-def _failure(errors: Mapping[int, BaseException], waiting: Sequence[bool], what: str, seconds: float) -> LearnerError:
+def _failure(
+    errors: Mapping[int, BaseException], waiting: Sequence[bool], what: str, seconds: float, learner: LearnerConfig
+) -> LearnerError:
     """Which rank failed at `what`, and as `__cause__` with what: a dead one before the errors of its peers."""
     if not errors:
         missing = ", ".join(str(rank) for rank, waits in enumerate(waiting) if waits)
@@ -241,11 +245,16 @@ def _failure(errors: Mapping[int, BaseException], waiting: Sequence[bool], what:
     error = errors[rank]
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(error, RayActorError):
-        failure = LearnerError(f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]}")
+        # A process that the kernel killed for its memory says nothing of it.
+        advice = learner_advice(learner, ran_out_of_memory(str(error)))
+        failure = LearnerError(f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]} ({advice})")
     elif isinstance(cause, PolicyError):
         failure = LearnerError(str(cause))
     else:
-        failure = LearnerError(f"{what}: learner rank {rank} failed: {type(cause).__name__}: {cause}")
+        text = f"{type(cause).__name__}: {cause}"
+        if ran_out_of_memory(text):
+            text = f"{text.splitlines()[0]} ({learner_advice(learner, certain=True)})"
+        failure = LearnerError(f"{what}: learner rank {rank} failed: {text}")
     failure.__cause__ = cause
     return failure
 

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.config.run import EngineConfig, RunConfig
+from common.out_of_memory import engine_advice, ran_out_of_memory
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import ReplicaSync, SyncReport, WeightUpdate
 from rollout_server.actor import RolloutActor
@@ -98,7 +99,7 @@ class RolloutPool:
             for _ in group:
                 finished.put_nowait(await self._next(number, stream, group[0].group_id))
         except (RayActorError, RayTaskError) as error:
-            raise ReplicaError(f"replica {number} failed: {_cause(error)}") from error
+            raise ReplicaError(f"replica {number} failed: {_cause(error, self._engine)}") from error
         finally:
             self._outstanding[number] -= len(group)
 
@@ -140,10 +141,10 @@ class RolloutPool:
         return await self._all([r.priors.remote() for r in self._replicas], STATE_SECONDS, "give its statistics")
 
     async def restore(self, state: list[Any]) -> None:
-        """Take over a checkpoint's state; replicas beyond it start with the first one's."""
+        """Take over a checkpoint's state, whatever the number of replicas that gave it: see `shared_out`."""
         if not state:
             return
-        given = [state[number] if number < len(state) else state[0] for number in range(len(self._replicas))]
+        given = shared_out(state, len(self._replicas))
         calls = [r.restore_priors.remote(s) for r, s in zip(self._replicas, given, strict=True)]
         await self._all(calls, STATE_SECONDS, "take statistics over")
 
@@ -167,8 +168,20 @@ class RolloutPool:
             except TimeoutError:
                 raise ReplicaError(f"replica {number} did not {purpose} within {seconds:g} s") from None
             except (RayActorError, RayTaskError) as error:
-                raise ReplicaError(f"replica {number} could not {purpose}: {_cause(error)}") from error
+                raise ReplicaError(f"replica {number} could not {purpose}: {_cause(error, self._engine)}") from error
         return results
+
+
+def shared_out(state: Sequence[dict[str, Any]], replicas: int) -> list[dict[str, Any]]:
+    """The statistics of some replicas for another number of them: each has those of one, in turn.
+
+    Statistics are kept by kind of response. What that one does not know comes from the first that does, so that no
+    kind is lost.
+    """
+    known: dict[str, Any] = {}
+    for one in reversed(state):
+        known |= one
+    return [known | state[number % len(state)] for number in range(replicas)]
 
 
 async def _awaited(stream: Any) -> Trajectory:
@@ -181,9 +194,14 @@ async def _settled(call: Any) -> None:
     await asyncio.gather(call, return_exceptions=True)
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: Exception, engine: EngineConfig) -> str:
     cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}"
+    text = f"{type(cause).__name__}: {cause}"
+    certain = ran_out_of_memory(text)
+    # A process that the kernel killed for its memory says nothing of it, nor does vLLM of its engine's death.
+    if certain or isinstance(error, RayActorError) or type(cause).__name__ == "EngineDeadError":
+        text += f" ({engine_advice(engine, certain)})"
+    return text
 
 
 def _actor_environment(engine: EngineConfig) -> dict[str, str]:

@@ -178,6 +178,11 @@ def variant(config: RunConfig, preset: str, name: str) -> RunConfig:
     return build_config(merge(settings, {"preset": preset, "name": name}))
 
 
+def renamed(config: RunConfig, name: str) -> RunConfig:
+    """The same configuration for a run of another name."""
+    return build_config(config.model_dump(mode="json") | {"name": name})
+
+
 def dump_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same configuration."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.config import RunConfig
 from learner.errors import PartError
-from learner.group import LearnerError, LearnerGroup, environments, trains_on_gpus
+from learner.group import LearnerError, LearnerGroup, _failure, environments, trains_on_gpus
 from learner.rank import Placement
 from learner.weight_file import WrittenWeights
 from tests.configs import run_config
@@ -57,3 +58,23 @@ async def test_weights_that_are_not_finite_are_the_learners_failure_and_their_fi
         await group.export_weights(7)
     assert error.value.part == "learner"
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError("Unable to allocate: out of memory"),
+    ],
+)
+def test_a_rank_that_ran_out_of_memory_says_what_to_lower(error: Exception) -> None:
+    learner = config_for(1, 1, "float32").learner
+    failure = _failure({0: error}, [False], "training step 3", 1.0, learner)
+    text = str(failure)
+    assert "training step 3: learner rank 0 failed" in text
+    assert "lower learner.tokens_per_microbatch (8192), set learner.gradient_checkpointing: true; --resume" in text
+    already = learner.model_copy(update={"gradient_checkpointing": True})
+    assert "gradient_checkpointing" not in str(_failure({0: error}, [False], "training", 1.0, already))
+    other = _failure({0: RuntimeError("shapes differ")}, [False], "training", 1.0, learner)
+    assert "memory" not in str(other)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.config.run import EngineConfig
 from common.trajectory import ResponseRequest, Trajectory
-from rollout_server.pool import ReplicaError, RolloutPool
+from rollout_server.pool import ReplicaError, RolloutPool, _cause, shared_out
 from tests.trajectories import trajectory
 
 Duration = Callable[[ResponseRequest], float]
@@ -155,3 +155,24 @@ def test_leaving_early_leaves_no_task_behind() -> None:
         assert not [task for task in left if "_generate_group" in str(task) or "_awaited" in str(task)]
 
     asyncio.run(leave())
+
+
+@settings(max_examples=100, deadline=None)
+@given(before=st.integers(1, 5), now=st.integers(1, 7))
+def test_statistics_go_to_any_number_of_replicas_and_no_kind_is_lost(before: int, now: int) -> None:
+    state = [{"both": [[n, n]], f"only {n}": [[n, n]]} for n in range(before)]
+    given_out = shared_out(state, now)
+    assert len(given_out) == now
+    for number, one in enumerate(given_out):
+        assert one["both"] == [[number % before] * 2]
+        assert one.keys() == {"both", *(f"only {n}" for n in range(before))}
+    if now == before:
+        assert all(one | state[n] == one for n, one in enumerate(given_out))
+
+
+def test_a_replica_that_ran_out_of_memory_says_what_to_lower() -> None:
+    engine = EngineConfig(enforce_eager=False)
+    text = _cause(ValueError("No available memory for the cache blocks."), engine)
+    assert "memory ran out: lower rollout.engine.max_concurrent_responses (64)" in text
+    assert "enforce_eager: true" in text
+    assert "lower" not in _cause(ValueError("no such file"), engine)

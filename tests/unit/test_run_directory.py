@@ -116,9 +116,9 @@ def test_resuming_with_another_configuration_lists_the_differences(tmp_path: Pat
     free: dict[str, Any] = {
         "steps": 9,
         "checkpoint": {"every_steps": 1},
-        "learner": {"step_seconds": 99.0},
+        "learner": {"step_seconds": 99.0, "tokens_per_microbatch": 4096, "gradient_checkpointing": True},
         "sync": {"deadline_seconds": 98.0},
-        "rollout": {"engine": {"response_seconds": 97.0}},
+        "rollout": {"engine": {"response_seconds": 97.0, "max_concurrent_responses": 8, "replicas": 3}},
     }
     # Accuracy before and after would be of other problems.
     changed = config(tmp_path, **free, seed=5, evaluation={"problems": 3, "every_steps": 2})
