@@ -83,7 +83,7 @@ def test_a_start_that_takes_ray_too_long_is_tried_again_and_then_told(
     with pytest.raises(
         PartError, match=r"^Ray: can't start Ray on this machine: The current node timed out.*\d+ cores"
     ):
-        start_local(run_config(), tmp_path / "session")
+        start_local(run_config(), tmp_path / "other")
     assert starts == ["local"] * 5
     # What the failed starts left is gone; the second start's is the cluster's.
     assert [psutil.pid_exists(process.pid) for process in left] == [False, True, False, False, False]
