@@ -50,6 +50,8 @@ LOGPROB_GAP_MAX = "learner/logprob_gap_max"
 PADDING_SHARE = "learner/padding_share"
 LEARNER_TOKENS = "learner/tokens"
 """Prompt and response tokens that the learner ran, padding left out."""
+SKIPPED_SHARE = "learner/skipped_share"
+"""Samples that the learner did not run, because their advantages are all 0 and so is their loss."""
 
 SYNC_SECONDS = "sync/seconds"
 SYNC_BYTES = "sync/bytes"

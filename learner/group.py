@@ -153,7 +153,9 @@ class LearnerGroup:
         parts = split_minibatches(groups, learner.advantage, learner.minibatches_per_step, self._config.seed, step)
         if not parts:
             raise ValueError(f"step {step} has no response to learn from")
-        return [rank_batches(part, learner.ranks, learner.tokens_per_microbatch) for part in parts]
+        # A KL to the start policy pulls at responses without an advantage, too.
+        skip = learner.objective.kl_coefficient == 0.0
+        return [rank_batches(part, learner.ranks, learner.tokens_per_microbatch, skip) for part in parts]
 
     def _check_checkpoint(self, directory: Path) -> None:
         path = directory / CHECKPOINT_DESCRIPTION
@@ -313,6 +315,7 @@ def _step_metrics(
     by_minibatch = list(zip(*results, strict=True))
     counts = [token_counts(batches) for batches in minibatches]
     real, padded = sum(c[0] for c in counts), sum(c[1] for c in counts)
+    run = sum(len(samples) for batches in minibatches for batch in batches for samples in batch.microbatches)
     whole, first = ObjectiveStatistics(), ObjectiveStatistics()
     for index, parts in enumerate(by_minibatch):
         for part in parts:
@@ -326,10 +329,12 @@ def _step_metrics(
         metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
         metrics.RATIO_MIN: whole.ratio_min,
         metrics.RATIO_MAX: whole.ratio_max,
-        metrics.LOGPROB_GAP_MEAN: first.gap_sum / max(first.tokens, 1),
-        metrics.LOGPROB_GAP_MAX: first.gap_max,
+        # Without a token that was run there is nothing to tell.
+        metrics.LOGPROB_GAP_MEAN: first.gap_sum / first.tokens if first.tokens else math.nan,
+        metrics.LOGPROB_GAP_MAX: first.gap_max if first.tokens else math.nan,
         metrics.PADDING_SHARE: 1.0 - real / padded,
         metrics.LEARNER_TOKENS: float(real),
+        metrics.SKIPPED_SHARE: 1.0 - run / max(sum(batches[0].totals.responses for batches in minibatches), 1),
     }
     if with_kl:
         values[metrics.KL] = whole.kl_sum / max(whole.tokens, 1)

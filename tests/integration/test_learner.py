@@ -281,8 +281,12 @@ def weight_files() -> set[Path]:
     return set(itertools.chain.from_iterable(d.glob("e3rl-learner-test-*") for d in directories))
 
 
+def _all_alike(group: Group) -> Group:
+    return group.model_copy(update={"trajectories": [t.model_copy(update={"reward": 1.0}) for t in group.trajectories]})
+
+
 def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path], tmp_path: Path) -> None:
-    config = run_config(models["tied"], ranks=2)
+    config = run_config(models["tied"], ranks=2, zero_stage=3)
     (groups,) = rollouts(config, 1)
     stale = Path(tempfile.gettempdir()) / "e3rl-learner-test-999999999-weights-v1.safetensors"
     stale.touch()
@@ -293,6 +297,10 @@ def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path
         assert not stale.exists()
         update = await group.export_weights(1)
         assert Path(update.path) in weight_files()
+        # Nothing to learn from: no rank runs a response, and all of them stay in step.
+        metrics_of_nothing = await group.train_step([_all_alike(g) for g in groups], 0)
+        assert metrics_of_nothing[metrics.LOSS] == metrics_of_nothing[metrics.GRADIENT_NORM] == 0.0
+        assert metrics_of_nothing[metrics.SKIPPED_SHARE] == 1.0
         ray.kill(group._ranks[1], no_restart=True)
         started = asyncio.get_running_loop().time()
         with pytest.raises(LearnerError, match="training step 0: learner rank 1 died"):
