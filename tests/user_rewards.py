@@ -1,5 +1,6 @@
 """Reward functions as users write them, good and bad, for tests of the loader and its time limit."""
 
+import re
 import time
 
 not_callable = 3.0
@@ -38,3 +39,9 @@ def exits(prompt: str, response: str, answer: str) -> float:
 def even_bytes(prompt: str, response: str, answer: str) -> float:
     """1 for about half of all texts, whatever a model writes."""
     return float(sum(response.encode()) % 2 == 0)
+
+
+def first_answer(prompt: str, response: str, answer: str) -> float:
+    """1 if the first `Answer: N` of the response is the reference."""
+    found = re.search(r"Answer: (-?\d+)", response)
+    return float(found is not None and found.group(1) == answer)
