@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from common.config.erasure import (
+    MOST_DELIMITERS,
     SHORTEST_DELIMITED,
+    Delimiter,
     DelimiterSegmentation,
     ErasurePolicy,
     FixedSegmentation,
@@ -25,10 +27,12 @@ class FixedSegments(RequestModel):
 
 
 class DelimiterSegments(RequestModel):
-    """A segment ends with the first token that holds `delimiter`, within these lengths in tokens."""
+    """A segment ends with the token that completes a delimiter in its text, within these lengths in tokens."""
 
     mode: Literal["delimiter"]
-    delimiter: str = Field(default="\n", min_length=1, max_length=64)
+    delimiter: Delimiter | Annotated[list[Delimiter], Field(min_length=1, max_length=MOST_DELIMITERS)] = Field(
+        default="\n", description="A text, or several of which each ends a segment; it may be spread over tokens."
+    )
     min_length: SegmentLength = SHORTEST_DELIMITED
     max_length: SegmentLength = 512
 
