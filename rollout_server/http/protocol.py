@@ -62,7 +62,7 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._lingers or self.transport.is_closing():
             return
-        if not self._in_headers and self.cycle is not None and self.cycle.response_complete:
+        if not self._in_headers and self._is_answered():
             self._expect_headers()
         if self._in_headers:
             self._received += len(data)
@@ -111,9 +111,12 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer to what is not HTTP. In the middle of another answer there is no place for one."""
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.abort()
-            return
+        if self.cycle is not None and not self._is_answered():
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         error = bad_request("what was received is not a valid HTTP request", code="invalid_http")
         body = json.dumps(error.body()).encode()
         head = (
@@ -122,6 +125,11 @@ class Protocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self._linger()
+
+    def _is_answered(self) -> bool:
+        """Whether the last request has its whole answer."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and cycle.response_complete
 
     def _linger(self) -> None:
         """Close, but read on for a moment: closed at once, the client might lose the answer before it has read it."""
