@@ -111,12 +111,13 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer to what is not HTTP. In the middle of another answer there is no place for one."""
-        if self.cycle is not None and not self._is_answered():
-            if self.cycle.response_started:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if cycle.response_started:
                 self.transport.abort()
                 return
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            cycle.disconnected = True
+            cycle.message_event.set()
         error = bad_request("what was received is not a valid HTTP request", code="invalid_http")
         body = json.dumps(error.body()).encode()
         head = (
