@@ -167,10 +167,15 @@ class EvaluationConfig(StrictModel):
 
 
 class CheckpointConfig(StrictModel):
-    """`every_steps`: 0 writes only at the end and on interruption. `keep`: newest checkpoints kept."""
+    """`every_steps`: 0 writes only at the end and on interruption. `keep`: newest of these that are kept.
+
+    `latest`: the last finished step is always on disk, too. It is written while the next one generates, and replaces
+    the one before, so that a run that is killed at any moment loses the step that was under way and no other.
+    """
 
     every_steps: int = Field(default=10, ge=0)
     keep: int = Field(default=2, ge=1)
+    latest: bool = True
 
 
 class RunConfig(StrictModel):
