@@ -62,6 +62,8 @@ STEP_SECONDS = "time/step_seconds"
 ROLLOUT_SECONDS = "time/rollout_seconds"
 TRAIN_SECONDS = "time/train_seconds"
 OTHER_SECONDS = "time/other_seconds"
+CHECKPOINT_WAIT_SECONDS = "time/checkpoint_wait_seconds"
+"""Of the other time, what training waited for the last step's checkpoint, and for the rollout side's statistics."""
 
 ALL = frozenset(value for name, value in list(globals().items()) if name.isupper())
 """Every name of `metrics.jsonl`."""

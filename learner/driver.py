@@ -81,6 +81,8 @@ class Driver:
         # The step whose weights the learner holds; None while it has none, or is in the middle of a step.
         self._learner_step: int | None = None
         self._weight_bytes = 0
+        # A checkpoint that is being written while the next step generates.
+        self._saving: asyncio.Task[None] | None = None
         self.start_seconds = 0.0
 
     async def run(self) -> None:
@@ -149,6 +151,8 @@ class Driver:
             self._display.step(metrics, config.steps)
             if config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
                 await self._checkpoint()
+            elif config.checkpoint.latest and not self._is_finished():
+                self._saving = asyncio.create_task(self._write_checkpoint(self._state))
             paused = time.monotonic()
             await self._evaluate_if_due(stop)
             self._clock += time.monotonic() - paused
@@ -167,10 +171,13 @@ class Driver:
             groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
         generated = time.monotonic()
         with part("reward", step):
-            groups, timeouts = await reward_groups(self._rewards, groups, self._problems.decoder)
+            rewarding = reward_groups(self._rewards, groups, self._problems.decoder)
+            groups, timeouts = await stop.unless_stopped(rewarding)
         rewarded = time.monotonic()
         with part("rollout", step):
             rollouts_state = await self._rollouts.state()
+        await self._saved()
+        ready = time.monotonic()
         self._learner_step = None
         metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step, names.REWARD_TIMEOUTS: timeouts}
         # Recorded while the learner works: it takes the driver's time, not the step's.
@@ -187,13 +194,14 @@ class Driver:
         rollout_seconds = generated - begin
         parts = {
             names.ROLLOUT_SECONDS: rollout_seconds,
-            names.TRAIN_SECONDS: trained - rewarded,
+            names.TRAIN_SECONDS: trained - ready,
             names.SYNC_SECONDS: synced - trained,
         }
         now = time.monotonic()
         metrics |= parts | {
             names.STEP_SECONDS: now - self._clock,
             names.OTHER_SECONDS: now - self._clock - sum(parts.values()),
+            names.CHECKPOINT_WAIT_SECONDS: ready - rewarded,
             names.TOKENS_PER_SECOND: metrics[names.GENERATED_TOKENS] / rollout_seconds,
         }
         # Whatever follows, such as writing the metrics or a checkpoint, is in the next step's time.
@@ -271,7 +279,7 @@ class Driver:
         requests = evaluation_requests(config, prompts, mode)
         with part(f"evaluation ({mode})", step):
             groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
-            groups, timeouts = await reward_groups(self._rewards, groups, self._problems.decoder)
+            groups, timeouts = await stop.unless_stopped(reward_groups(self._rewards, groups, self._problems.decoder))
             counts = count_steps(config, groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
@@ -288,11 +296,17 @@ class Driver:
 
         The first evaluation changes the state of step 0, of which there may be one from before it.
         """
+        await self._saved()
         state = self._state
         written = state.step in self._directory.checkpoint_steps() and newest_state(self._directory) == state
         if self._learner_step != state.step or written:
             return
         self._display.phase(f"writing the checkpoint of step {state.step}")
+        await self._write_checkpoint(state)
+
+    async def _write_checkpoint(self, state: DriverState) -> None:
+        """Write a checkpoint of the weights that the learner holds, which are those of `state`."""
+        settings = self._config.checkpoint
         size = CHECKPOINT_COPIES[self._config.model.dtype] * self._weight_bytes
         require_space(self._directory.checkpoint(state.step), size)
         with part("checkpoint", state.step), replacing(self._directory.checkpoint(state.step)) as partial:
@@ -301,7 +315,13 @@ class Driver:
             save_state(partial, state)
             await asyncio.to_thread(write_manifest, partial)
         with part("checkpoint", state.step):
-            self._directory.keep_newest_checkpoints(self._config.checkpoint.keep)
+            self._directory.delete_old_checkpoints(settings.every_steps, settings.keep)
+
+    async def _saved(self) -> None:
+        """Wait for the checkpoint that is being written: the learner must stay as it is for so long."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await saving
 
     async def _rescue(self, error: PartError) -> None:
         """Keep the last finished step after a failure elsewhere; not on a full disk or by a failed learner."""
@@ -321,6 +341,9 @@ class Driver:
 
     async def _close(self) -> None:
         self._display.phase("stopping the replicas and the learner")
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.gather(self._saving, return_exceptions=True)
         for name, closing in (
             ("rollout", self._rollouts.close()),
             ("learner", self._learner.close()),

@@ -28,6 +28,7 @@ from learner.weight_file import ParameterShape, WrittenWeights, weight_directory
 
 CHECKPOINT_TAG = "deepspeed"
 CHECKPOINT_DESCRIPTION = "learner.json"
+_DEEPSPEED_TYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +246,16 @@ class LearnerRank:
     def _deepspeed_config(self, model: nn.Module) -> dict[str, Any]:
         """Micro-batches are counted by `_train_minibatch`, so DeepSpeed's own sizes are all 1."""
         settings: Any = getattr(model, "config", None)
+        accumulated = _DEEPSPEED_TYPES[self._config.learner.grad_accum_dtype]
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._config.learner.optimizer.max_gradient_norm,
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": self._config.model.dtype == "bfloat16"},
+            "data_types": {"grad_accum_dtype": accumulated},
+            # Else they are rounded to the model's type again on their way between the ranks, and summed in it there.
+            "communication_data_type": accumulated,
             "zero_optimization": {
                 "stage": self._stage,
                 # Vectors stay whole on every rank, matrices are partitioned, however small the model is.

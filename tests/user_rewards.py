@@ -1,6 +1,8 @@
 """Reward functions as users write them, good and bad, for tests of the loader and its time limit."""
 
+import os
 import time
+from pathlib import Path
 
 not_callable = 3.0
 
@@ -38,3 +40,10 @@ def exits(prompt: str, response: str, answer: str) -> float:
 def even_bytes(prompt: str, response: str, answer: str) -> float:
     """1 for about half of all texts, whatever a model writes."""
     return float(sum(response.encode()) % 2 == 0)
+
+
+def even_bytes_for_a_while(prompt: str, response: str, answer: str) -> float:
+    """As `even_bytes`; once there is a file `slow` in the directory that the environment names, half a minute each."""
+    while (Path(os.environ["E3RL_TEST_DIRECTORY"]) / "slow").exists():
+        time.sleep(30.0)
+    return even_bytes(prompt, response, answer)

@@ -132,7 +132,10 @@ class OptimizerConfig(StrictModel):
 
 
 class LearnerConfig(StrictModel):
-    """The DeepSpeed learner. `minibatches_per_step`: optimizer steps a rollout is split into."""
+    """The DeepSpeed learner. `minibatches_per_step`: optimizer steps a rollout is split into.
+
+    `grad_accum_dtype`: what the gradients of micro-batches are summed in; in bfloat16 small ones are lost in the sum.
+    """
 
     ranks: int = Field(default=1, ge=1, le=4096)
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -140,6 +143,7 @@ class LearnerConfig(StrictModel):
     minibatches_per_step: int = Field(default=2, ge=1)
     tokens_per_microbatch: int = Field(default=8192, ge=1, description="Padded tokens of one forward pass, one rank.")
     gradient_checkpointing: bool = False
+    grad_accum_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ClippedObjective = ClippedObjective()
     advantage: AdvantageConfig = AdvantageConfig()
@@ -163,10 +167,15 @@ class EvaluationConfig(StrictModel):
 
 
 class CheckpointConfig(StrictModel):
-    """`every_steps`: 0 writes only at the end and on interruption. `keep`: newest checkpoints kept."""
+    """`every_steps`: 0 writes only at the end and on interruption. `keep`: newest of these that are kept.
+
+    `latest`: the last finished step is always on disk, too. It is written while the next one generates, and replaces
+    the one before, so that a run that is killed at any moment loses the step that was under way and no other.
+    """
 
     every_steps: int = Field(default=10, ge=0)
     keep: int = Field(default=2, ge=1)
+    latest: bool = True
 
 
 class RunConfig(StrictModel):
@@ -266,3 +275,5 @@ def _negatives_exist(config: RunConfig) -> None:
 def _precision_fits(config: RunConfig) -> None:
     if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
         raise ValueError("learner.zero_stage 0 trains in float32 only; model.dtype 'bfloat16' needs stage 1, 2 or 3")
+    if config.model.dtype == "float32" and config.learner.grad_accum_dtype == "bfloat16":
+        raise ValueError("learner.grad_accum_dtype 'bfloat16' needs model.dtype 'bfloat16': gradients are float32 else")

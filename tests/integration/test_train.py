@@ -20,6 +20,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import metrics as names
+from common.manifest import verify_manifest
 from learner.trajectory_files import read_trajectories
 from tests.models import tiny_qwen3
 
@@ -209,8 +210,17 @@ def test_a_run_that_was_killed_and_stopped_equals_one_that_was_not(place: Path, 
     assert (directory / "checkpoints" / f"step_{done}").is_dir()
     assert done < STEPS, "the run was over before it could be stopped"
 
-    status, output = train(place, "--name", "broken", "--resume")
+    # A bit that flipped on the disk: the checkpoint before it is taken, and the step is done again.
+    weights = max((directory / "checkpoints" / f"step_{done}").rglob("*.pt"), key=lambda path: path.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 3] ^= 16
+    weights.write_bytes(data)
+    # As after an error of memory: settings that do not change the loss.
+    changes = ("learner.tokens_per_microbatch=64", "learner.gradient_checkpointing=true")
+    changes += ("rollout.engine.max_concurrent_responses=3",)
+    status, output = train(place, "--name", "broken", "--resume", *(f"--set={change}" for change in changes))
     assert status == 0, output
+    assert f"step_{done} is damaged: learner/deepspeed/{weights.name} is not what was written" in output
     for mine, theirs in zip(lines(directory), lines(whole), strict=True):
         for name in (names.GENERATED_TOKENS, names.ERASED_TOKENS, names.REWARD_MEAN):
             assert mine[name] == theirs[name], (mine["step"], name)
@@ -356,15 +366,19 @@ def test_a_job_of_a_ray_cluster_trains_and_stops_with_a_checkpoint(place: Path, 
         assert "job: held-out problems" in finished.stdout
         assert [line["step"] for line in lines(place / "runs" / "job")] == [1, 2]
 
-        begun = ray_job(
-            "submit", "--no-wait", "--submission-id", "endless", *training, "stopped", "--set", "steps=1000"
-        )
+        # Rewards take long from the third step on, and no checkpoint is due: the job is stopped in mid-step.
+        slow = f'{{"env_vars": {{"E3RL_TEST_DIRECTORY": "{tmp_path}"}}}}'
+        submit = ["submit", "--no-wait", "--submission-id", "endless", "--runtime-env-json", slow]
+        changes = ("steps=1000", "checkpoint.every_steps=0", "reward.timeout_seconds=300")
+        changes += ("reward.function=tests.user_rewards:even_bytes_for_a_while",)
+        begun = ray_job(*submit, *training, "stopped", *(f"--set={change}" for change in changes))
         assert begun.returncode == 0, begun.stderr
         directory = place / "runs" / "stopped"
         deadline = time.monotonic() + RUN_SECONDS
         while len(lines(directory)) < 2:
             assert time.monotonic() < deadline, ray_job("logs", "endless").stdout
             time.sleep(0.1)
+        (tmp_path / "slow").touch()
         stopped = ray_job("stop", "endless")
         assert "was stopped" in stopped.stdout + stopped.stderr
-        assert (directory / "checkpoints" / f"step_{len(lines(directory))}").is_dir()
+        verify_manifest(directory / "checkpoints" / f"step_{len(lines(directory))}")
