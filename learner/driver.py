@@ -29,6 +29,7 @@ from learner.step_checks import Decoder, count_steps
 from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
 from learner.treatment import TreatedShare, first_treated_sample, plain_outcome, training_requests
+from learner.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Driver:
         self._display = display
         self._share = TreatedShare(config.rollout.group_share, state.success_rate)
         self._problems.stream.restore(state.epoch, state.position)
+        self._watch = Watch(config.warnings)
         self._clock = 0.0
         # The step whose weights the learner holds; None while it has none, or is in the middle of a step.
         self._learner_step: int | None = None
@@ -147,6 +149,10 @@ class Driver:
             step = self._state.step + 1
             self._display.phase("training", self._state.step, config.steps)
             metrics = await self._step(step, stop)
+            for text in self._watch.check(step, metrics):
+                log.warning(text)
+                self._display.message(text)
+            metrics[names.WARNINGS] = self._watch.active
             self._record.add_step(metrics)
             self._display.step(metrics, config.steps)
             if config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
@@ -217,7 +223,8 @@ class Driver:
     def _finish_step(
         self, step: int, groups: list[Group], first_treated: int, rollouts_state: list[Any], metrics: dict[str, Any]
     ) -> None:
-        self._share.update(*plain_outcome(groups, first_treated))
+        threshold = self._config.evaluation.success_threshold
+        self._share.update(*plain_outcome(groups, first_treated, threshold))
         stream, before = self._problems.stream, self._state
         total = before.generated_tokens + metrics[names.GENERATED_TOKENS]
         self._state = DriverState(
@@ -283,7 +290,8 @@ class Driver:
             counts = count_steps(config, groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
-            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds, timeouts)
+            threshold = config.evaluation.success_threshold
+            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds, timeouts, success_threshold=threshold)
         self._record.add_evaluation(evaluation)
         late = f"; {timeouts} rewards were not ready in time and are 0" if timeouts else ""
         self._display.message(

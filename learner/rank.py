@@ -50,6 +50,10 @@ class MinibatchResult:
     learning_rate: float
 
 
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient is infinite or no number: what is trained from there on is lost."""
+
+
 class LearnerRank:
     """A rank: its part of the model and optimizer. Methods are collective unless they say otherwise."""
 
@@ -109,7 +113,13 @@ class LearnerRank:
 
     def train(self, batches: list[RankBatch]) -> list[MinibatchResult]:
         """One optimizer step for each minibatch, of which this rank gets its micro-batches."""
-        return [self._train_minibatch(batch) for batch in batches]
+        results = []
+        for number, batch in enumerate(batches, start=1):
+            try:
+                results.append(self._train_minibatch(batch))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"minibatch {number} of {len(batches)}: {error}") from None
+        return results
 
     def export_weights(self, file_name: str) -> WrittenWeights | None:
         """Rank 0 writes the parameters into shared memory and returns what it wrote; the others return None."""
@@ -180,9 +190,15 @@ class LearnerRank:
             self._engine.backward(loss * self._world_size)
             loss_sum += float(loss.detach())
             total.add(statistics)
+        ratios = f"importance ratios from {total.ratio_min:.3g} to {total.ratio_max:.3g}"
+        if not math.isfinite(loss_sum):
+            raise NotFiniteError(f"the loss is {loss_sum}, on learner rank {self._rank}, with {ratios}")
         norm = self._unclipped_norm()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        # DeepSpeed says -1 where it found an overflow.
+        if not math.isfinite(norm) or norm < 0.0:
+            raise NotFiniteError(f"the gradient's norm is {norm} with a loss of {loss_sum:.3g} and {ratios}")
         return MinibatchResult(loss_sum, total, norm, rate)
 
     def _loss(self, samples: list[TrainingSample], totals: MinibatchTotals) -> tuple[Tensor, ObjectiveStatistics]:

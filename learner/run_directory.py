@@ -25,6 +25,7 @@ CHANGEABLE_ON_RESUME = (
     "token_budget",
     "evaluation.every_steps",
     "checkpoint",
+    "warnings",
     "runs_directory",
     "sync",
     "learner.step_seconds",

@@ -116,6 +116,29 @@ class AdvantageConfig(StrictModel):
     erased_weight: float = Field(default=0.0, ge=0.0, le=10.0)
 
 
+class NoOverlong(StrictModel):
+    """Responses that reach the token limit are learnt from like others."""
+
+    mode: Literal["none"] = "none"
+
+
+class MaskOverlong(StrictModel):
+    """Responses that were cut off at the limit count in their group's baseline and carry no loss. Source: DAPO."""
+
+    mode: Literal["mask"] = "mask"
+
+
+class ShapeOverlong(StrictModel):
+    """Rewards fall linearly over the last `buffer_tokens` before the limit, by `penalty` at the limit. Source: DAPO."""
+
+    mode: Literal["shape"] = "shape"
+    buffer_tokens: int = Field(ge=1)
+    penalty: float = Field(default=1.0, gt=0.0, le=1e6)
+
+
+Overlong = Annotated[NoOverlong | MaskOverlong | ShapeOverlong, Field(discriminator="mode")]
+
+
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -147,6 +170,7 @@ class LearnerConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ClippedObjective = ClippedObjective()
     advantage: AdvantageConfig = AdvantageConfig()
+    overlong: Overlong = NoOverlong()
     step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
 
 
@@ -158,12 +182,30 @@ class SyncConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Avg@k and Pass@k on held-out problems, before and after training, and every `every_steps` steps (0: never)."""
+    """Avg@k and Pass@k on held-out problems, before and after training, and every `every_steps` steps (0: never).
+
+    `success_threshold`: a response succeeds if its reward is at least this, in evaluations and for
+    `rollout.group_share` alike.
+    """
 
     problems: int = Field(default=64, ge=1)
     responses_per_problem: int = Field(default=4, ge=1)
     every_steps: int = Field(default=0, ge=0)
+    success_threshold: float = 0.5
     seed: int = 1
+
+
+class WarningsConfig(StrictModel):
+    """Thresholds of a step's metrics, past which the run says so and goes on. Null: never.
+
+    Above `truncated_share` (of responses that were cut off) and `repeated_share` (of their text); below `entropy` (of
+    the policy, in nats) and `reward_spread` (standard deviation of a group's rewards).
+    """
+
+    truncated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
+    repeated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
+    entropy: float | None = Field(default=0.01, ge=0.0)
+    reward_spread: float | None = Field(default=0.001, ge=0.0)
 
 
 class CheckpointConfig(StrictModel):
@@ -197,6 +239,7 @@ class RunConfig(StrictModel):
     sync: SyncConfig = SyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    warnings: WarningsConfig = WarningsConfig()
 
     @property
     def responses_per_step(self) -> int:
@@ -216,6 +259,7 @@ class RunConfig(StrictModel):
             _batches_fit,
             _negatives_exist,
             _precision_fits,
+            _buffer_fits,
         ):
             check(self)
         return self
@@ -277,3 +321,11 @@ def _precision_fits(config: RunConfig) -> None:
         raise ValueError("learner.zero_stage 0 trains in float32 only; model.dtype 'bfloat16' needs stage 1, 2 or 3")
     if config.model.dtype == "float32" and config.learner.grad_accum_dtype == "bfloat16":
         raise ValueError("learner.grad_accum_dtype 'bfloat16' needs model.dtype 'bfloat16': gradients are float32 else")
+
+
+def _buffer_fits(config: RunConfig) -> None:
+    overlong, limit = config.learner.overlong, config.rollout.max_response_tokens
+    if isinstance(overlong, ShapeOverlong) and overlong.buffer_tokens > limit:
+        raise ValueError(
+            f"learner.overlong.buffer_tokens ({overlong.buffer_tokens}) exceeds max_response_tokens ({limit})"
+        )
