@@ -177,7 +177,7 @@ class Driver:
             groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
         generated = time.monotonic()
         with part("reward", step):
-            rewarding = reward_groups(self._rewards, groups, self._problems.decoder)
+            rewarding = reward_groups(self._rewards, groups, self._problems.decoder, config.rollout.stop)
             groups, timeouts = await stop.unless_stopped(rewarding)
         rewarded = time.monotonic()
         with part("rollout", step):
@@ -286,7 +286,9 @@ class Driver:
         requests = evaluation_requests(config, prompts, mode)
         with part(f"evaluation ({mode})", step):
             groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
-            groups, timeouts = await stop.unless_stopped(reward_groups(self._rewards, groups, self._problems.decoder))
+            groups, timeouts = await stop.unless_stopped(
+                reward_groups(self._rewards, groups, self._problems.decoder, config.rollout.stop)
+            )
             counts = count_steps(config, groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem

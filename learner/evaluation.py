@@ -58,6 +58,7 @@ def evaluation_requests(config: RunConfig, prompts: Sequence[Prompt], mode: Mode
                 prompt_token_ids=prompt.token_ids,
                 max_tokens=config.rollout.max_response_tokens,
                 temperature=config.rollout.temperature,
+                stop=config.rollout.stop,
                 policy=config.rollout.erasure if mode == "erasable" else None,
                 erasable=mode == "erasable",
             )

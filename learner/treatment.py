@@ -57,6 +57,7 @@ def training_requests(config: RunConfig, step: int, prompt: Prompt, share_applie
                 prompt_token_ids=prompt.token_ids,
                 max_tokens=rollout.max_response_tokens,
                 temperature=temperature,
+                stop=rollout.stop,
                 policy=rollout.erasure,
                 erasable=is_treated and isinstance(treatment, ErasureTreatment),
             )

@@ -58,14 +58,22 @@ class EngineConfig(StrictModel):
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
 
 
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
 class RolloutConfig(StrictModel):
-    """What is generated in a step, and how."""
+    """What is generated in a step, and how.
+
+    `stop`: strings that end a response, in training and in evaluations. They are found in committed text; the response
+    ends with the token that completes one, and its text before it.
+    """
 
     groups_per_step: int = Field(default=8, ge=1)
     responses_per_group: int = Field(default=8, ge=2)
     max_prompt_tokens: int = Field(ge=1)
     max_response_tokens: int = Field(ge=1)
     temperature: Temperature = Field(default=1.0, gt=0.0)
+    stop: tuple[StopString, ...] = Field(default=(), max_length=64)
     group_share: GroupShare = ShareAdaptive()
     treatment: Treatment = ErasureTreatment()
     erasure: ErasurePolicy = ErasurePolicy()

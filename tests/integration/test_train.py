@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import metrics as names
 from common.manifest import verify_manifest
+from common.trajectory import Trajectory
 from learner.trajectory_files import read_trajectories
 from tests.models import tiny_qwen3
 
@@ -217,7 +218,6 @@ def test_a_run_that_was_killed_and_stopped_equals_one_that_was_not(place: Path, 
     weights.write_bytes(data)
     # As after an error of memory: settings that do not change the loss.
     changes = ("learner.tokens_per_microbatch=64", "learner.gradient_checkpointing=true")
-    changes += ("rollout.engine.max_concurrent_responses=3",)
     status, output = train(place, "--name", "broken", "--resume", *(f"--set={change}" for change in changes))
     assert status == 0, output
     assert f"step_{done} is damaged: learner/deepspeed/{weights.name} is not what was written" in output
@@ -353,6 +353,21 @@ def running_cluster(directory: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_stops(place: Path, responses: list[Trajectory]) -> None:
+    """Responses end with the first token that has an `e` or a `t` in it, whether they could be erased or not."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    stopped = set()
+    for response in responses:
+        text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
+        ends = [place for place, letter in enumerate(text) if letter in "et"]
+        assert response.text == (text[: ends[0]] if ends else text)
+        if ends:
+            assert ends == [len(text) - 1]
+            assert response.finish_reason == "stop"
+            stopped.add(response.erasable)
+    assert stopped == {True, False}
+
+
 @pytest.mark.timeout(2 * RUN_SECONDS)
 def test_a_job_of_a_ray_cluster_trains_and_stops_with_a_checkpoint(place: Path, tmp_path: Path):
     def ray_job(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -361,11 +376,14 @@ def test_a_job_of_a_ray_cluster_trains_and_stops_with_a_checkpoint(place: Path, 
 
     training = ["--", sys.executable, "-m", "learner.train", "--config", str(place / "config.yaml"), "--name"]
     with running_cluster(tmp_path) as variables:
-        finished = ray_job("submit", *training, "job", "--set", "steps=2")
+        finished = ray_job("submit", *training, "job", "--set=steps=2", '--set=rollout.stop=["e", "t"]')
         assert finished.returncode == 0, finished.stdout + finished.stderr
         assert "job: held-out problems" in finished.stdout
         assert [line["step"] for line in lines(place / "runs" / "job")] == [1, 2]
 
+        for step in (1, 2):
+            responses = read_trajectories(place / "runs" / "job" / "trajectories" / f"step_{step}.parquet")
+            check_stops(place, responses)
         # Rewards take long from the third step on, and no checkpoint is due: the job is stopped in mid-step.
         slow = f'{{"env_vars": {{"E3RL_TEST_DIRECTORY": "{tmp_path}"}}}}'
         submit = ["submit", "--no-wait", "--submission-id", "endless", "--runtime-env-json", slow]
