@@ -2,7 +2,6 @@
 
 import os
 import time
-from pathlib import Path
 
 not_callable = 3.0
 
@@ -44,6 +43,6 @@ def even_bytes(prompt: str, response: str, answer: str) -> float:
 
 def even_bytes_for_a_while(prompt: str, response: str, answer: str) -> float:
     """As `even_bytes`; once there is a file `slow` in the directory that the environment names, half a minute each."""
-    while (Path(os.environ["E3RL_TEST_DIRECTORY"]) / "slow").exists():
+    while os.path.exists(os.path.join(os.environ["E3RL_TEST_DIRECTORY"], "slow")):
         time.sleep(30.0)
     return even_bytes(prompt, response, answer)
