@@ -1,6 +1,7 @@
 """Reward functions as users write them, good and bad, for tests of the loader and its time limit."""
 
 import os
+import re
 import time
 
 not_callable = 3.0
@@ -39,6 +40,12 @@ def exits(prompt: str, response: str, answer: str) -> float:
 def even_bytes(prompt: str, response: str, answer: str) -> float:
     """1 for about half of all texts, whatever a model writes."""
     return float(sum(response.encode()) % 2 == 0)
+
+
+def first_answer(prompt: str, response: str, answer: str) -> float:
+    """1 if the first `Answer: N` of the response is the reference."""
+    found = re.search(r"Answer: (-?\d+)", response)
+    return float(found is not None and found.group(1) == answer)
 
 
 def even_bytes_for_a_while(prompt: str, response: str, answer: str) -> float:
