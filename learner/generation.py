@@ -7,6 +7,7 @@ from typing import cast
 
 from common.config.run import RunConfig
 from common.interfaces import Rollouts
+from common.stops import text_before_stop
 from common.trajectory import Group, Prompt, ResponseRequest, Trajectory
 from learner.rewards import RewardItem, Rewards
 from learner.step_checks import Decoder
@@ -52,13 +53,17 @@ async def generate_groups(
     ]
 
 
-async def reward_groups(rewards: Rewards, groups: Sequence[Group], decoder: Decoder) -> tuple[list[Group], int]:
+async def reward_groups(
+    rewards: Rewards, groups: Sequence[Group], decoder: Decoder, stops: Sequence[str] = ()
+) -> tuple[list[Group], int]:
     """The groups with every response's text and reward, and how many rewards were not ready in time (and are 0).
 
-    The text is the decoding of the committed tokens, special ones left out.
+    The text is the decoding of the committed tokens, special ones left out, up to the stop string
+    that ended the response.
     """
     responses = [(group.prompt, t) for group in groups for t in group.trajectories]
-    texts = decoder.batch_decode([t.token_ids for _, t in responses], skip_special_tokens=True)
+    decoded = decoder.batch_decode([t.token_ids for _, t in responses], skip_special_tokens=True)
+    texts = [text_before_stop(text, stops) for text in decoded]
     items = [
         RewardItem(prompt.id, prompt.text, text, prompt.answer)
         for (prompt, _), text in zip(responses, texts, strict=True)

@@ -1,5 +1,6 @@
 """Reward functions as users write them, good and bad, for tests of the loader and its time limit."""
 
+import os
 import re
 import time
 
@@ -45,3 +46,10 @@ def first_answer(prompt: str, response: str, answer: str) -> float:
     """1 if the first `Answer: N` of the response is the reference."""
     found = re.search(r"Answer: (-?\d+)", response)
     return float(found is not None and found.group(1) == answer)
+
+
+def even_bytes_for_a_while(prompt: str, response: str, answer: str) -> float:
+    """As `even_bytes`; once there is a file `slow` in the directory that the environment names, half a minute each."""
+    while os.path.exists(os.path.join(os.environ["E3RL_TEST_DIRECTORY"], "slow")):
+        time.sleep(30.0)
+    return even_bytes(prompt, response, answer)

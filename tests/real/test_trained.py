@@ -86,7 +86,7 @@ def test_two_steps_of_training(smollm2: Path, tmp_path: Path) -> None:
     for line in lines:
         print({name: line[name] for name in (*shown, names.STEP_SECONDS)})
         assert math.isfinite(line[names.LOSS])
-        assert line[names.LOGPROB_GAP_MAX] < 1e-3
+        assert line[names.LOGPROB_GAP_MAX] < 1e-4
     assert any(line[names.GRADIENT_NORM] > 0.0 for line in lines)
     assert sum(line[names.ERASURES] for line in lines) > 0
     assert (tmp_path / "runs" / "real" / "policy" / "model.safetensors").is_file()
