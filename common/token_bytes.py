@@ -74,7 +74,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _of_sentencepiece(steps: Sequence[dict[str, Any]], kinds: Sequence[str]) -> Chain | None:
-    """Text replaced in each token, bytes as `<0xNN>`, and after all is joined nothing but a strip at the text's ends."""
+    """Text replaced in each token, bytes as `<0xNN>`, and at the end nothing but a strip at the whole text's ends."""
     joined = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
     replaced = [step for step in steps[:joined] if step["type"] == "Replace"]
     if set(kinds[:joined]) - {"Replace", "ByteFallback"} or set(kinds[joined:]) - {"Fuse", "Strip"}:

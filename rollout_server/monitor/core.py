@@ -71,8 +71,8 @@ class SegmentMonitor:
         self._tempered: set[int] = set()
         self._retempered: set[int] = set()
         self._entropic: set[int] = set()
-        # Imported here: numba takes half a second, which only workers need to spend. Compiled here, or loaded from where
-        # that is kept, rather than in a request's first step.
+        # Imported here: numba takes half a second, which only workers need to spend. Compiled here, or loaded from
+        # where that is kept, rather than in a request's first step.
         from rollout_server.monitor.boundaries import Boundaries
 
         self._boundaries = Boundaries(token_bytes, vocabulary, slots)

@@ -42,7 +42,8 @@ def observe(
 ) -> tuple[Array, Array, Array]:
     """Take `tokens` `[rows]`, sampled for `slots` `[rows]`, into the monitor's state; the arguments are its arrays.
 
-    `ends` `[rows]`: which of them end their segments by length or text (`boundaries`). Returns what `Judged` holds, of the segments that ended: slots, fields and tokens.
+    `ends` `[rows]`: which of them end their segments, by length or text (`boundaries`). Returns what `Judged` holds,
+    of the segments that ended: slots, fields and tokens.
     """
     judged = np.empty(len(slots), np.int64)
     stopped = np.empty(len(slots), np.bool_)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +23,12 @@ from rollout_server.plain_rows import PlainRows
 from rollout_server.records import Inbox, Outbox, Sender
 from rollout_server.submission import PLAIN_ARG, Submission, policy_json
 from rollout_server.vllm_v1 import DEPARTED_KEPT, PRIORS_KEPT, SegmentMonitorProcessor
+from tests.models import byte_tokenizer
 
 VOCABULARY = 50
 SENTINELS = (48, 49)
+TOKENIZER = TemporaryDirectory()
+byte_tokenizer(64).save_pretrained(TOKENIZER.name)
 POLICY = policy_json(ErasurePolicy(segmentation=FixedSegmentation(length=2), max_erasures=0))
 
 
@@ -48,7 +52,12 @@ def processor(address: str) -> SegmentMonitorProcessor:
     """One that follows up to two requests at once."""
     config: Any = SimpleNamespace(
         additional_config={"e3rl": {"address": address, "sentinel_ids": SENTINELS, "version": 5}},
-        model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
+        model_config=SimpleNamespace(
+            get_vocab_size=lambda: VOCABULARY,
+            tokenizer=TOKENIZER.name,
+            tokenizer_revision=None,
+            trust_remote_code=False,
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
     )
     return SegmentMonitorProcessor(config, torch.device("cpu"), is_pin_memory=False)
@@ -309,7 +318,7 @@ def test_an_installation_that_cannot_be_written_to_is_no_hindrance(tmp_path: Pat
     script = """
 import torch
 from rollout_server.monitor import SegmentMonitor
-monitor = SegmentMonitor(50, torch.device("cpu"), (48, 49))
+monitor = SegmentMonitor(50, torch.device("cpu"), (48, 49), [b"a"] * 48)
 assert monitor.observe(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)) is None
 """
     environment = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "PYTHONPATH": str(tmp_path)}
