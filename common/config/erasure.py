@@ -1,6 +1,7 @@
 """What decides whether a segment is erased: the settings of `algorithm.md`, sections 1 to 5."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,7 +12,17 @@ SHORTEST_DELIMITED = 4
 """Tokens that a segment which ends at a delimiter has at least, unless a setting says otherwise."""
 
 MOST_DELIMITERS = 16
+MOST_DELIMITER_BYTES = 1024
+"""Of all delimiters of a segmentation together, in UTF-8: an engine keeps a state for each byte."""
+
 Delimiter = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+def check_delimiters(delimiter: str | Sequence[str]) -> None:
+    """ValueError if they are too long together."""
+    size = len("".join(delimiter).encode())
+    if size > MOST_DELIMITER_BYTES:
+        raise ValueError(f"the delimiters have {size} bytes together, of at most {MOST_DELIMITER_BYTES}")
 
 
 def with_default_min_length(settings: Any) -> Any:
@@ -65,6 +76,7 @@ class DelimiterSegmentation(StrictModel):
     def _bounds_are_ordered(self) -> "DelimiterSegmentation":
         if self.min_length > self.max_length:
             raise ValueError(f"min_length ({self.min_length}) exceeds max_length ({self.max_length})")
+        check_delimiters(self.delimiter)
         return self
 
     @property

@@ -17,8 +17,8 @@ from rollout_server.monitor.automaton import automaton
 from rollout_server.monitor.compiled import compiled, places
 
 Array = Any
-IDLE_KEPT = 64
-"""Sets of delimiters whose automata are kept though no slot needs them."""
+IDLE_STATES = 8192
+"""States of automata that are kept though no slot needs them; 1 KiB each."""
 
 
 class Place(IntEnum):
@@ -40,18 +40,18 @@ PLACE = places(Place)
 
 
 @dataclass(slots=True)
-class _Automaton:
-    """Rows of the common tables that hold an automaton's states, and how many slots need it."""
+class _Needed:
+    """An automaton that slots need, how many of them, and the rows of the common tables that hold its states."""
 
     rows: np.ndarray
-    uses: int = 0
+    slots: int = 0
 
 
 class Boundaries:
     """State of all slots, and the automata of the delimiters that they look for. Capacities grow on demand.
 
     `token_bytes`: what each token adds to a text (`common.token_bytes`). The automata's states are rows of one table,
-    which they share; an automaton that no slot needs gives its rows to another one.
+    which they share. An automaton that no slot needs is kept for a while, then its rows are another's.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], vocabulary: int, slots: int) -> None:
@@ -66,8 +66,12 @@ class Boundaries:
         self._following = np.zeros((1, 256), np.int32)
         self._completes = np.zeros(1, np.bool_)
         self._free_rows: list[int] = []
-        self._automata: OrderedDict[tuple[bytes, ...], _Automaton] = OrderedDict()
-        self._needs: dict[int, tuple[bytes, ...]] = {}
+        self._needed: dict[tuple[bytes, ...], _Needed] = {}
+        self._idle: OrderedDict[tuple[bytes, ...], np.ndarray] = OrderedDict()
+        """Rows of the others, least lately used first; `_idle_states` of them."""
+        self._idle_states = 0
+        self._delimiters: dict[int, tuple[bytes, ...]] = {}
+        """What slots look for, if anything."""
         nothing = np.empty(0, np.int64)
         self.take(nothing, nothing)
 
@@ -81,16 +85,19 @@ class Boundaries:
 
     def close(self, slot: int) -> None:
         """Nothing is looked for in `slot` any more."""
-        delimiters = self._needs.pop(slot, None)
+        delimiters = self._delimiters.pop(slot, None)
         if delimiters is None:
             return
-        kept = self._automata[delimiters]
-        kept.uses -= 1
-        if kept.uses or len(self._automata) <= IDLE_KEPT:
+        needed = self._needed[delimiters]
+        needed.slots -= 1
+        if needed.slots:
             return
-        idle = [key for key, kept in self._automata.items() if not kept.uses]
-        for key in idle[: max(0, len(idle) - IDLE_KEPT)]:
-            self._free_rows += self._automata.pop(key).rows.tolist()
+        self._idle[delimiters] = self._needed.pop(delimiters).rows
+        self._idle_states += len(needed.rows)
+        while self._idle_states > IDLE_STATES:
+            _, rows = self._idle.popitem(last=False)
+            self._idle_states -= len(rows)
+            self._free_rows += rows.tolist()
 
     def take(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Take the tokens `[rows]` that were sampled for `slots` `[rows]`: whether each ends its segment, `[rows]`."""
@@ -101,13 +108,17 @@ class Boundaries:
 
     def _acquire(self, slot: int, delimiters: tuple[bytes, ...]) -> int:
         """The start of these delimiters' automaton, which is the slot's until it is closed."""
-        kept = self._automata.get(delimiters)
-        if kept is None:
-            kept = self._automata[delimiters] = _Automaton(self._store(*automaton(delimiters)))
-        self._automata.move_to_end(delimiters)
-        kept.uses += 1
-        self._needs[slot] = delimiters
-        return int(kept.rows[0])
+        if delimiters not in self._needed:
+            rows = self._idle.pop(delimiters, None)
+            if rows is None:
+                rows = self._store(*automaton(delimiters))
+            else:
+                self._idle_states -= len(rows)
+            self._needed[delimiters] = _Needed(rows)
+        needed = self._needed[delimiters]
+        needed.slots += 1
+        self._delimiters[slot] = delimiters
+        return int(needed.rows[0])
 
     def _store(self, following: np.ndarray, completes: np.ndarray) -> np.ndarray:
         """Rows of the common tables that now hold an automaton."""

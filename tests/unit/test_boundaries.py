@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common.config import DelimiterSegmentation, FixedSegmentation
-from common.config.erasure import Segmentation
+from common.config.erasure import MOST_DELIMITER_BYTES, Segmentation
 from common.segmentation import segment_length
 from common.token_bytes import token_bytes
-from rollout_server.monitor.boundaries import IDLE_KEPT, Boundaries
+from rollout_server.monitor import boundaries
+from rollout_server.monitor.boundaries import Boundaries
 from tests.models import everyday_tokenizer
 
 LETTERS = "ab.\n é日😀"
@@ -40,12 +41,12 @@ def reference_lengths(tokens: list[bytes], segmentation: Segmentation, limit: in
     return lengths
 
 
-def lengths(boundaries: Boundaries, slot: int, token_ids: list[int]) -> list[int]:
+def lengths(looking: Boundaries, slot: int, token_ids: list[int]) -> list[int]:
     """The same, of a slot that was opened, step by step."""
     found, length = [], 0
     for token in token_ids:
         length += 1
-        if boundaries.take(np.array([slot]), np.array([token]))[0]:
+        if looking.take(np.array([slot]), np.array([token]))[0]:
             found.append(length)
             length = 0
     return found
@@ -60,10 +61,10 @@ def lengths(boundaries: Boundaries, slot: int, token_ids: list[int]) -> list[int
 def test_segments_end_where_the_reference_ends_them(
     tokens: list[bytes], segmentation: Segmentation, limit: int
 ) -> None:
-    boundaries = Boundaries(tokens, len(tokens) + 2, slots=1)
-    boundaries.open(5, segmentation, limit)
+    looking = Boundaries(tokens, len(tokens) + 2, slots=1)
+    looking.open(5, segmentation, limit)
     response = list(range(len(tokens)))[:limit]
-    assert lengths(boundaries, 5, response) == reference_lengths(tokens[:limit], segmentation, limit)
+    assert lengths(looking, 5, response) == reference_lengths(tokens[:limit], segmentation, limit)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +81,11 @@ def test_text_is_cut_where_a_reader_would(delimiter: Any, text: str, pieces: lis
     """Of the everyday tokenizer, in which none of these is in a single token, or not always."""
     tokenizer = everyday_tokenizer()
     table = token_bytes(tokenizer)
-    boundaries = Boundaries(table, len(table), slots=1)
-    boundaries.open(0, DelimiterSegmentation(delimiter=delimiter, min_length=1), 500)
+    looking = Boundaries(table, len(table), slots=1)
+    looking.open(0, DelimiterSegmentation(delimiter=delimiter, min_length=1), 500)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     cut, rest = [], ids
-    for length in lengths(boundaries, 0, ids):
+    for length in lengths(looking, 0, ids):
         cut.append(b"".join(table[i] for i in rest[:length]))
         rest = rest[length:]
     cut += [b"".join(table[i] for i in rest)] * bool(rest)
@@ -98,6 +99,12 @@ def test_text_is_cut_where_a_reader_would(delimiter: Any, text: str, pieces: lis
     assert all(0 <= at - end < longest for at, end in zip(found, ends, strict=True)), cut
 
 
+@pytest.fixture(autouse=True)
+def few_idle_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that some are given back."""
+    monkeypatch.setattr(boundaries, "IDLE_STATES", 40)
+
+
 class Slots(RuleBasedStateMachine):
     """Slots that open, go on and close in any order, with ever new delimiters."""
 
@@ -107,8 +114,6 @@ class Slots(RuleBasedStateMachine):
         self.tokens = [b"", b"a", b"b", b"ab", b"ba", b"\n", b"aab"]
         self.boundaries = Boundaries(self.tokens, len(self.tokens), slots=1)
         self.open: dict[int, tuple[Segmentation, list[int]]] = {}
-        self.most = 1
-        self.seen: set[tuple[bytes, ...]] = set()
 
     def delimiter(self) -> str:
         return "".join(self.random.choice("ab\n") for _ in range(self.random.randint(1, 6)))
@@ -122,7 +127,6 @@ class Slots(RuleBasedStateMachine):
                 segmentation = FixedSegmentation(length=3)
             self.boundaries.open(slot, segmentation, 1000)
             self.open[slot] = segmentation, []
-            self.seen.add(segmentation.delimiters)
 
     @rule(slot=st.integers(0, 3))
     def end(self, slot: int) -> None:
@@ -147,9 +151,12 @@ class Slots(RuleBasedStateMachine):
     def what_nobody_needs_is_given_back(self) -> None:
         if not hasattr(self, "open"):
             return
-        assert len(self.boundaries._automata) <= IDLE_KEPT + len(self.open) + 1
-        # 18 letters at most, and a start; the table doubles.
-        assert len(self.boundaries._completes) <= 2 * (IDLE_KEPT + 6) * 19
+        needed = {s.delimiters for s, _ in self.open.values() if s.delimiters}
+        assert self.boundaries._needed.keys() == needed
+        held = [*(n.rows for n in self.boundaries._needed.values()), *self.boundaries._idle.values()]
+        rows = [0, *(int(row) for rows in held for row in rows), *self.boundaries._free_rows]
+        assert sorted(rows) == list(range(len(self.boundaries._completes)))
+        assert self.boundaries._idle_states == sum(map(len, self.boundaries._idle.values())) <= boundaries.IDLE_STATES
 
 
 TestSlots = Slots.TestCase
@@ -157,18 +164,19 @@ TestSlots.settings = settings(deadline=None, max_examples=30, stateful_step_coun
 
 
 def test_ten_thousand_different_delimiters_take_no_more_than_a_few() -> None:
-    boundaries = Boundaries([b"a"], 1, slots=2)
-    boundaries.open(1, DelimiterSegmentation(delimiter="kept"), 100)
+    looking = Boundaries([b"a"], 1, slots=2)
+    looking.open(1, DelimiterSegmentation(delimiter="kept"), 100)
     for number in range(10_000):
-        boundaries.open(0, DelimiterSegmentation(delimiter=f"{number:x}"), 100)
-    assert len(boundaries._completes) < 2 * (IDLE_KEPT + 2) * 8
-    assert (b"kept",) in boundaries._automata
+        looking.open(0, DelimiterSegmentation(delimiter=f"{number:x}"), 100)
+    assert len(looking._completes) <= 2 * (boundaries.IDLE_STATES + 5 + 6)
+    assert (b"kept",) in looking._needed
 
 
 def test_the_largest_set_of_delimiters_is_served() -> None:
     draw = random.Random(0)
-    longest = tuple("".join(chr(draw.randrange(0x10000, 0x10FFFF)) for _ in range(64)) for _ in range(16))
-    tokens = [longest[3].encode()[:100], longest[3].encode()[100:]]
-    boundaries = Boundaries(tokens, 2, slots=1)
-    boundaries.open(0, DelimiterSegmentation(delimiter=longest, min_length=1), 100)
-    assert lengths(boundaries, 0, [1, 0, 1, 1]) == [3]
+    longest = tuple("".join(chr(draw.randrange(97, 123)) for _ in range(64)) for _ in range(16))
+    assert sum(map(len, longest)) == MOST_DELIMITER_BYTES
+    tokens = [longest[3].encode()[:40], longest[3].encode()[40:]]
+    looking = Boundaries(tokens, 2, slots=1)
+    looking.open(0, DelimiterSegmentation(delimiter=longest, min_length=1), 100)
+    assert lengths(looking, 0, [1, 0, 1, 1]) == [3]

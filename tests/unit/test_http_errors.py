@@ -49,6 +49,11 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
         "erasure.segmentation.delimiter",
         "valid string",
     ),
+    (
+        {"prompt": "a", "erasure": {"segmentation": {"mode": "delimiter", "delimiter": ["é" * 64] * 9}}},
+        "erasure.segmentation.delimiter",
+        "1152 bytes together",
+    ),
     ({"prompt": "a", "erasure": {"gamma": 10.0, "max_erasures": 1000}}, "erasure", "gamma x max_erasures"),
     ({}, "prompt", "required"),
     ({"prompt": ""}, "prompt", "at least 1"),

@@ -12,6 +12,7 @@ from common.config.erasure import (
     ErasurePolicy,
     FixedSegmentation,
     SignalWeights,
+    check_delimiters,
     with_default_min_length,
 )
 from rollout_server.http.schema.base import AnswerModel, RequestModel, TokenId
@@ -45,6 +46,7 @@ class DelimiterSegments(RequestModel):
     def _bounds_are_ordered(self) -> "DelimiterSegments":
         if self.min_length > self.max_length:
             raise ValueError(f"min_length ({self.min_length}) exceeds max_length ({self.max_length})")
+        check_delimiters(self.delimiter)
         return self
 
 
