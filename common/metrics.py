@@ -12,6 +12,8 @@ REWARD_PLAIN = "reward/plain"
 REWARD_TREATED = "reward/treated"
 REWARD_TIMEOUTS = "reward/timeouts"
 """Rewards that were not ready in time, and are 0."""
+REWARD_ERRORS = "reward/errors"
+"""Rewards that raised or were no number, and are 0."""
 
 GENERATED_TOKENS = "rollout/generated_tokens"
 """Committed and erased tokens of the step."""

@@ -13,17 +13,18 @@ from typing import Any
 from common import metrics as names
 from common.config.run import RunConfig
 from common.interfaces import Rollouts
-from common.trajectory import Group, Prompt
+from common.trajectory import Group, Prompt, ResponseRequest
 from learner.data import PromptStream
 from learner.display import Display
 from learner.driver_state import DriverState, RunRecord, newest_state, save_state
 from learner.errors import DiskFullError, Interrupted, PartError, part
 from learner.evaluation import MODES, Mode, evaluate_groups, evaluation_requests
-from learner.generation import generate_groups, reward_groups
+from learner.generation import generate_groups
 from learner.group import LearnerGroup
 from learner.interrupt import StopRequest
 from learner.rewards import Rewards
 from learner.run_directory import RunDirectory, replacing, require_space
+from learner.scoring import Scored, Scoring
 from learner.step_checks import Decoder, count_steps
 from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
@@ -162,16 +163,23 @@ class Driver:
         prompts = self._problems.stream.draw()
         requests = [training_requests(config, step, prompt, share_applies) for prompt in prompts]
         begin = time.monotonic()
-        with part("rollout", step):
-            groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
-        generated = time.monotonic()
-        with part("reward", step):
-            groups, timeouts = await reward_groups(self._rewards, groups, self._problems.decoder)
+        async with self._scoring(step, prompts, requests) as scoring:
+            with part("rollout", step):
+                generating = generate_groups(self._rollouts, config, prompts, requests, scoring.add)
+                groups = await stop.unless_stopped(generating)
+            generated = time.monotonic()
+            scored = await stop.unless_stopped(scoring.finish(groups))
+        groups = scored.groups
         rewarded = time.monotonic()
         with part("rollout", step):
             rollouts_state = await self._rollouts.state()
         self._learner_step = None
-        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step, names.REWARD_TIMEOUTS: timeouts}
+        metrics: dict[str, Any] = {
+            names.STEP: step,
+            names.POLICY_VERSION: step,
+            names.REWARD_TIMEOUTS: scored.timeouts,
+            names.REWARD_ERRORS: scored.errors,
+        }
         # Recorded while the learner works: it takes the driver's time, not the step's.
         recording = asyncio.create_task(asyncio.to_thread(self._record_rollout, step, groups, first_treated))
         try:
@@ -241,6 +249,9 @@ class Driver:
         self._weight_bytes = report.bytes
         return report.bytes
 
+    def _scoring(self, step: int, prompts: Sequence[Prompt], requests: Sequence[Sequence[ResponseRequest]]) -> Scoring:
+        return Scoring(self._rewards, prompts, sum(map(len, requests)), self._problems.decoder, step)
+
     async def _evaluate_if_due(self, stop: StopRequest) -> None:
         step, every = self._state.step, self._config.evaluation.every_steps
         if step == 0 or (every and step % every == 0):
@@ -268,14 +279,15 @@ class Driver:
         started = time.monotonic()
         requests = evaluation_requests(config, prompts, mode)
         with part(f"evaluation ({mode})", step):
-            groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
-            groups, timeouts = await reward_groups(self._rewards, groups, self._problems.decoder)
-            counts = count_steps(config, groups, self._problems.decoder)
+            async with self._scoring(step, prompts, requests) as scoring:
+                generating = generate_groups(self._rollouts, config, prompts, requests, scoring.add)
+                scored = await stop.unless_stopped(scoring.finish(await stop.unless_stopped(generating)))
+            counts = count_steps(config, scored.groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
-            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds, timeouts)
+            evaluation = evaluate_groups(step, mode, k, scored.groups, counts, seconds, scored.timeouts, scored.errors)
         self._record.add_evaluation(evaluation)
-        late = f"; {timeouts} rewards were not ready in time and are 0" if timeouts else ""
+        late = _without_reward(scored)
         self._display.message(
             f"{mode} accuracy after {step} steps: Avg@{k} {evaluation.avg_at_k:.3f}, "
             f"Pass@{k} {evaluation.pass_at_k:.3f}{late}"
@@ -335,6 +347,11 @@ def is_finished(config: RunConfig, state: DriverState) -> bool:
     """Whether no step is left, by number or by token budget."""
     budget = config.token_budget
     return state.step >= config.steps or (budget is not None and state.generated_tokens >= budget)
+
+
+def _without_reward(scored: Scored) -> str:
+    late = f"; {scored.timeouts} rewards were not ready in time and are 0" if scored.timeouts else ""
+    return late + (f"; {scored.errors} rewards failed and are 0" if scored.errors else "")
 
 
 async def _named(name: str, work: Any) -> None:

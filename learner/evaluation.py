@@ -20,8 +20,8 @@ MODES: tuple[Mode, ...] = ("plain", "erasable")
 class Evaluation(StrictModel):
     """One evaluation. `k`: responses per problem, of which every one counts for Avg@k and Pass@k.
 
-    `reward_timeouts`: rewards that were not ready in time, and count as 0. `cascade_rate` is null for a task whose
-    steps can't be checked; `recovered_rate` also under plain sampling.
+    `reward_timeouts`: rewards that were not ready in time, and count as 0; `reward_errors`: that failed, and do too.
+    `cascade_rate` is null for a task whose steps can't be checked; `recovered_rate` also under plain sampling.
     """
 
     step: int
@@ -32,6 +32,7 @@ class Evaluation(StrictModel):
     pass_at_k: float
     mean_reward: float
     reward_timeouts: int = 0
+    reward_errors: int = 0
     cascade_rate: float | None
     recovered_rate: float | None
     generated_tokens: int
@@ -75,6 +76,7 @@ def evaluate_groups(
     counts: StepCounts | None,
     seconds: float,
     reward_timeouts: int = 0,
+    reward_errors: int = 0,
 ) -> Evaluation:
     """The figures of one evaluation's rewarded groups. `counts`: null where steps can't be checked."""
     responses = [trajectory for group in groups for trajectory in group.trajectories]
@@ -90,6 +92,7 @@ def evaluate_groups(
         ),
         mean_reward=fmean(t.reward or 0.0 for t in responses),
         reward_timeouts=reward_timeouts,
+        reward_errors=reward_errors,
         cascade_rate=None if counts is None else counts.cascade_rate,
         recovered_rate=counts.recovered_rate if counts is not None and mode == "erasable" else None,
         generated_tokens=sum(t.generated_tokens for t in responses),

@@ -1,16 +1,14 @@
-"""From requests to rewarded groups: everything between the rollout side and the learner."""
+"""From requests to groups: what the driver asks of the rollout side."""
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import cast
 
 from common.config.run import EngineConfig, RunConfig
 from common.interfaces import Rollouts
 from common.trajectory import Group, Prompt, ResponseRequest, Trajectory
-from learner.rewards import RewardItem, Rewards
-from learner.step_checks import Decoder
 
 GRACE_SECONDS = 30.0
 Stream = AsyncGenerator[Trajectory, None]
@@ -21,11 +19,12 @@ async def generate_groups(
     config: RunConfig,
     prompts: Sequence[Prompt],
     requests: Sequence[Sequence[ResponseRequest]],
+    finished: Callable[[Trajectory], None] = lambda trajectory: None,
     grace_seconds: float = GRACE_SECONDS,
 ) -> list[Group]:
     """All responses, in the order of the requests, whatever the order in which they finish.
 
-    `prompts` and `requests` go together. Raises TimeoutError that says how many responses are missing, and
+    `prompts` and `requests` go together. `finished` gets each response as it arrives. Raises TimeoutError that says how many responses are missing, and
     RuntimeError if the rollout side ends early or answers what was not asked for.
     """
     wanted = {(r.group_id, r.sample) for group in requests for r in group}
@@ -37,6 +36,7 @@ async def generate_groups(
             async with aclosing(cast(Stream, rollouts.generate(requests))) as trajectories:
                 async for trajectory in trajectories:
                     found[trajectory.group_id, trajectory.sample] = trajectory
+                    finished(trajectory)
     except TimeoutError as error:
         raise TimeoutError(
             f"{len(wanted) - len(found)} of {len(wanted)} responses did not arrive within {seconds:g} s"
@@ -54,25 +54,3 @@ def generation_seconds(engine: EngineConfig, responses: int, grace_seconds: floa
     """Deadline for a number of responses: that of one, for each round that the replicas need to take them all in."""
     rounds = math.ceil(responses / (engine.replicas * engine.max_concurrent_responses))
     return rounds * engine.response_seconds + grace_seconds
-
-
-async def reward_groups(rewards: Rewards, groups: Sequence[Group], decoder: Decoder) -> tuple[list[Group], int]:
-    """The groups with every response's text and reward, and how many rewards were not ready in time (and are 0).
-
-    The text is the decoding of the committed tokens, special ones left out.
-    """
-    responses = [(group.prompt, t) for group in groups for t in group.trajectories]
-    texts = decoder.batch_decode([t.token_ids for _, t in responses], skip_special_tokens=True)
-    items = [
-        RewardItem(prompt.id, prompt.text, text, prompt.answer)
-        for (prompt, _), text in zip(responses, texts, strict=True)
-    ]
-    scores = await rewards.score(items)
-    finished = (
-        t.model_copy(update={"text": text, "reward": reward})
-        for (_, t), text, reward in zip(responses, texts, scores.values, strict=True)
-    )
-    rewarded = [
-        Group(prompt=group.prompt, trajectories=[next(finished) for _ in group.trajectories]) for group in groups
-    ]
-    return rewarded, scores.timeouts

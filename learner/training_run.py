@@ -29,7 +29,7 @@ from learner.quiet import LOG_NAME, quiet_output
 from learner.report import build_report, comparison_table, final_table, write_report
 from learner.rewards import Rewards, make_rewards
 from learner.rewards.chain_steps import check_prompts
-from learner.rewards.worker_rewards import check_answers
+from learner.rewards.math_answers import check_answers
 from learner.run_directory import RunDirectory, check_unused, directory_of, holds_run, write_text
 from learner.tasks import Split
 

@@ -1,37 +1,69 @@
 """What every reward offers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class RewardItem:
-    """One response to be rewarded. `response` is the committed text, without special tokens."""
+    """One response to be rewarded. `response` is the committed text, without special tokens.
+
+    `token_ids` are the committed tokens, special ones included; `row` is the prompt's whole row in the data set.
+    """
 
     prompt_id: str
     prompt: str
     response: str
     answer: str
+    sample: int = 0
+    finish_reason: str = "stop"
+    token_ids: Sequence[int] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """One reward for each item, in order; `timeouts` of them were not ready in time and are 0."""
+class Score:
+    """One response's reward. It is 0 if there was none: it `timed_out`, or failed with an `error` and a `traceback`."""
 
-    values: list[float]
+    value: float
+    timed_out: bool = False
+    error: str | None = None
+    traceback: str = ""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the rewards so far of the `responses` of a step or an evaluation."""
+
+    responses: int
+    scored: int = 0
     timeouts: int = 0
+    errors: int = 0
+    last_failure: Score | None = None
+
+    def count(self, score: Score) -> None:
+        """Take in one more reward."""
+        self.scored += 1
+        self.timeouts += score.timed_out
+        if score.error is not None:
+            self.errors += 1
+            self.last_failure = score
 
 
 class Rewards(Protocol):
-    """Scores responses without blocking the event loop; every item has a time limit."""
+    """Scores responses without blocking the event loop; every call has a time limit."""
 
     async def start(self) -> None:
         """Make ready. Raises InputError if the reward can't be used, before anything else of a run starts."""
         ...
 
-    async def score(self, items: Sequence[RewardItem]) -> Scores:
-        """The items' rewards. Raises RewardError, naming the prompt, if one has none."""
+    async def score(self, item: RewardItem) -> Score:
+        """The response's reward. Many may be asked for at a time."""
+        ...
+
+    def judge(self, tally: Tally) -> None:
+        """Raise RewardError, with one failure's traceback, if so many rewards failed that a run should end."""
         ...
 
     async def close(self) -> None:
@@ -40,7 +72,7 @@ class Rewards(Protocol):
 
 
 class RewardError(Exception):
-    """A reward that is no finite number, or a function that raised."""
+    """Too many rewards that failed or were not ready in time."""
 
 
 class UnusableAnswerError(ValueError):
