@@ -4,6 +4,7 @@ Pure functions on Python floats (float64). The segment monitor on the device is 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.config.erasure import ErasurePolicy
@@ -11,10 +12,11 @@ from common.config.erasure import ErasurePolicy
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """What is known of U at one segment index when a segment is judged, the judged one included if it is observed.
+    """What is known of U when a segment is judged, the judged one included if it is observed.
 
-    `count`, `mean`, `variance` (population): over this group's observations so far. `prior_mean` and
-    `prior_variance`: over earlier groups, worth `prior_strength` observations (0 when there were none).
+    Of its index, or of all segments, as `ErasurePolicy.statistics` says. `count`, `mean`, `variance` (population):
+    over this group's observations so far. `prior_mean` and `prior_variance`: over earlier groups, worth
+    `prior_strength` observations (0 when there were none).
     """
 
     count: float
@@ -98,15 +100,33 @@ def is_erased(
     segment_tokens: int,
     erased_token_limit: int,
 ) -> bool:
-    """The verdict: whether this attempt is erased (section 5).
+    """The verdict: whether this attempt is erased (section 5). Nothing below `policy.min_uncertainty` is (ours).
 
     `erased_tokens`: erased from this response before; with this segment's they may not exceed `erased_token_limit`.
     """
-    return (
-        uncertainty > threshold
-        and erasures < policy.max_erasures
-        and erased_tokens + segment_tokens <= erased_token_limit
-    )
+    exceeds = uncertainty > threshold and uncertainty >= policy.min_uncertainty
+    return exceeds and may_erase(policy, erasures, erased_tokens, segment_tokens, erased_token_limit)
+
+
+def may_erase(
+    policy: ErasurePolicy, erasures: int, erased_tokens: int, segment_tokens: int, erased_token_limit: int
+) -> bool:
+    """Whether an attempt may be erased, however uncertain it is; the arguments are `is_erased`'s."""
+    return erasures < policy.max_erasures and erased_tokens + segment_tokens <= erased_token_limit
+
+
+def kept_attempt(
+    uncertainties: Sequence[float], lengths: Sequence[int], erased_tokens: int, erased_token_limit: int
+) -> int:
+    """Which attempt at a segment stays with `on_exhaustion: best` when the last exceeds its threshold. Source: ours.
+
+    The least uncertain one; of equals the latest. The others count as erased, together with the `erased_tokens` of
+    earlier segments, so one that is too short to stay within the limit in place of a longer last one is left out.
+    """
+    spent = erased_tokens + sum(lengths)
+    last = len(lengths) - 1
+    affordable = [n for n, length in enumerate(lengths) if n == last or spent - length <= erased_token_limit]
+    return min(affordable, key=lambda n: (uncertainties[n], -n))
 
 
 def updated_prior(prior: tuple[float, float] | None, group: tuple[float, float], decay: float) -> tuple[float, float]:

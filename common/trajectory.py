@@ -3,6 +3,7 @@
 One schema for Ray messages, NDJSON lines and Parquet rows. Log-probabilities are in nats.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -157,6 +158,29 @@ class Group(StrictModel):
         return self
 
 
+class SamplingExtras(StrictModel):
+    """What else a response is sampled with: vLLM's parameters of these names.
+
+    All but the last two count over the response so far, whatever of it was erased and made again.
+    `json_schema`: the response is JSON of this schema, itself JSON; only without a policy. `cache_salt`: responses
+    share cached prefixes only with those of the same salt.
+    """
+
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = Field(default=0, ge=0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    json_schema: str | None = None
+    cache_salt: str | None = None
+
+
+NO_EXTRAS = SamplingExtras()
+
+
 class ResponseRequest(StrictModel):
     """One response to generate.
 
@@ -181,9 +205,20 @@ class ResponseRequest(StrictModel):
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     top_logprobs: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
+    extras: SamplingExtras = NO_EXTRAS
     policy: ErasurePolicy | None = None
     erasable: bool = True
     resume_from: list[Attempt] = Field(default_factory=list)
+
+    def stop_ids(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end this response on a model whose responses `eos_token_ids` end."""
+        return (() if self.ignore_eos else tuple(eos_token_ids)) + self.extras.stop_token_ids
+
+    @model_validator(mode="after")
+    def _json_is_not_erased(self) -> "ResponseRequest":
+        if self.policy and self.extras.json_schema is not None:
+            raise ValueError("a grammar cannot go back to a segment's start: json_schema is for plain generation only")
+        return self
 
     @model_validator(mode="after")
     def _only_what_is_judged_resumes(self) -> "ResponseRequest":
@@ -193,6 +228,8 @@ class ResponseRequest(StrictModel):
 
     @model_validator(mode="after")
     def _greedy_needs_a_retry_temperature(self) -> "ResponseRequest":
-        if self.policy and self.erasable and self.temperature == 0.0 and self.policy.retry_temperature is None:
+        if self.policy is None or not self.erasable or not self.policy.can_erase(self.max_tokens):
+            return self
+        if self.temperature == 0.0 and self.policy.retry_temperature is None:
             raise ValueError("erasure with temperature 0 would bring the same segment back: set retry_temperature")
         return self

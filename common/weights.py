@@ -41,6 +41,17 @@ class SyncReport(StrictModel):
     replicas: list[ReplicaSync]
 
 
+class NonFiniteLogits(RuntimeError):
+    """A response ended because the weights of `version` gave it logits that are not finite."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(version)
+        self.version = version
+
+    def __str__(self) -> str:
+        return f"the weights of version {self.version} gave logits that are not finite, so the response was ended"
+
+
 def weight_checksum(tensors: Iterable[torch.Tensor]) -> str:
     """Checksum over the bits of all elements, 16 hexadecimal digits.
 

@@ -46,6 +46,11 @@ class TrainingSample:
     def response_length(self) -> int:
         return len(self.token_ids) - self.context_length
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether any of its advantages is not exactly 0."""
+        return bool(self.advantages.any())
+
 
 @dataclass(frozen=True, slots=True)
 class RankBatch:
@@ -223,11 +228,18 @@ def _deal(microbatches: list[list[int]], lengths: Sequence[int], ranks: int) -> 
     return dealt
 
 
-def rank_batches(samples: Sequence[TrainingSample], ranks: int, tokens_per_microbatch: int) -> list[RankBatch]:
-    """A minibatch's samples, distributed over the ranks."""
+def rank_batches(
+    samples: Sequence[TrainingSample], ranks: int, tokens_per_microbatch: int, skip_without_signal: bool = False
+) -> list[RankBatch]:
+    """A minibatch's samples, distributed over the ranks. Each rank has at least one micro-batch, if an empty one.
+
+    `skip_without_signal`: samples whose advantages are all 0 are not run. A loss that is a product with the advantage
+    is 0 for them, and so is its gradient; they stay in `totals`, which the other samples' losses are divided by.
+    """
     totals = MinibatchTotals(len(samples), sum(sample.response_length for sample in samples))
-    plan = plan_microbatches([len(sample) for sample in samples], ranks, tokens_per_microbatch)
-    return [RankBatch([[samples[i] for i in batch] for batch in batches], totals) for batches in plan]
+    run = [sample for sample in samples if sample.has_signal] if skip_without_signal else samples
+    plan = plan_microbatches([len(sample) for sample in run], ranks, tokens_per_microbatch)
+    return [RankBatch([[run[i] for i in batch] for batch in batches] or [[]], totals) for batches in plan]
 
 
 def token_counts(batches: Sequence[RankBatch]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 from common import metrics as names
 from common.config.run import RunConfig
 from common.interfaces import Rollouts
+from common.manifest import write_manifest
 from common.trajectory import Group, Prompt, ResponseRequest
 from learner.data import PromptStream
 from learner.display import Display
@@ -24,7 +25,7 @@ from learner.group import LearnerGroup
 from learner.interrupt import StopRequest
 from learner.rewards import Rewards
 from learner.run_directory import RunDirectory, replacing, require_space
-from learner.scoring import Scored, Scoring
+from learner.scoring import Scoring
 from learner.step_checks import Decoder, count_steps
 from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
@@ -174,12 +175,7 @@ class Driver:
         with part("rollout", step):
             rollouts_state = await self._rollouts.state()
         self._learner_step = None
-        metrics: dict[str, Any] = {
-            names.STEP: step,
-            names.POLICY_VERSION: step,
-            names.REWARD_TIMEOUTS: scored.timeouts,
-            names.REWARD_ERRORS: scored.errors,
-        }
+        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step} | scored.metrics
         # Recorded while the learner works: it takes the driver's time, not the step's.
         recording = asyncio.create_task(asyncio.to_thread(self._record_rollout, step, groups, first_treated))
         try:
@@ -254,7 +250,8 @@ class Driver:
 
     async def _evaluate_if_due(self, stop: StopRequest) -> None:
         step, every = self._state.step, self._config.evaluation.every_steps
-        if step == 0 or (every and step % every == 0):
+        # A forked run that measures something else has no evaluation yet.
+        if step == 0 or (every and step % every == 0) or not self._record.evaluations:
             await self._evaluate(stop)
 
     async def _evaluate(self, stop: StopRequest) -> None:
@@ -285,12 +282,21 @@ class Driver:
             counts = count_steps(config, scored.groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
-            evaluation = evaluate_groups(step, mode, k, scored.groups, counts, seconds, scored.timeouts, scored.errors)
+            evaluation = evaluate_groups(
+                step,
+                mode,
+                k,
+                scored.groups,
+                counts,
+                seconds,
+                scored.tally.timeouts,
+                scored.tally.errors,
+                scored.tally.unusable_answers,
+            )
         self._record.add_evaluation(evaluation)
-        late = _without_reward(scored)
         self._display.message(
             f"{mode} accuracy after {step} steps: Avg@{k} {evaluation.avg_at_k:.3f}, "
-            f"Pass@{k} {evaluation.pass_at_k:.3f}{late}"
+            f"Pass@{k} {evaluation.pass_at_k:.3f}{scored}"
         )
 
     async def _checkpoint(self) -> None:
@@ -309,6 +315,7 @@ class Driver:
             partial.mkdir()
             await self._learner.save_checkpoint(partial / "learner")
             save_state(partial, state)
+            await asyncio.to_thread(write_manifest, partial)
         with part("checkpoint", state.step):
             self._directory.keep_newest_checkpoints(self._config.checkpoint.keep)
 
@@ -347,11 +354,6 @@ def is_finished(config: RunConfig, state: DriverState) -> bool:
     """Whether no step is left, by number or by token budget."""
     budget = config.token_budget
     return state.step >= config.steps or (budget is not None and state.generated_tokens >= budget)
-
-
-def _without_reward(scored: Scored) -> str:
-    late = f"; {scored.timeouts} rewards were not ready in time and are 0" if scored.timeouts else ""
-    return late + (f"; {scored.errors} rewards failed and are 0" if scored.errors else "")
 
 
 async def _named(name: str, work: Any) -> None:

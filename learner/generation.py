@@ -1,12 +1,11 @@
 """From requests to groups: what the driver asks of the rollout side."""
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import cast
 
-from common.config.run import EngineConfig, RunConfig
+from common.config.run import RunConfig
 from common.interfaces import Rollouts
 from common.trajectory import Group, Prompt, ResponseRequest, Trajectory
 
@@ -24,22 +23,26 @@ async def generate_groups(
 ) -> list[Group]:
     """All responses, in the order of the requests, whatever the order in which they finish.
 
-    `prompts` and `requests` go together. `finished` gets each response as it arrives. Raises TimeoutError that says how many responses are missing, and
-    RuntimeError if the rollout side ends early or answers what was not asked for.
+    `prompts` and `requests` go together. `finished` gets each response as it arrives. The rollout side watches over its
+    replicas; here the next response is waited for no longer than that watch and `grace_seconds`. Raises TimeoutError
+    that says how many responses are missing, and RuntimeError if the rollout side ends early or answers what was not
+    asked for.
     """
     wanted = {(r.group_id, r.sample) for group in requests for r in group}
     found: dict[tuple[str, int], Trajectory] = {}
-    seconds = generation_seconds(config.rollout.engine, len(wanted), grace_seconds)
+    seconds = config.rollout.engine.response_seconds + grace_seconds
+    clock = asyncio.get_running_loop().time
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as deadline:
             # Leaving early must end the generator at once, so that its requests are cancelled.
             async with aclosing(cast(Stream, rollouts.generate(requests))) as trajectories:
                 async for trajectory in trajectories:
                     found[trajectory.group_id, trajectory.sample] = trajectory
                     finished(trajectory)
+                    deadline.reschedule(clock() + seconds)
     except TimeoutError as error:
         raise TimeoutError(
-            f"{len(wanted) - len(found)} of {len(wanted)} responses did not arrive within {seconds:g} s"
+            f"{len(wanted) - len(found)} of {len(wanted)} responses are missing, and none arrived within {seconds:g} s"
         ) from error
     if found.keys() != wanted:
         missing, strange = len(wanted - found.keys()), len(found.keys() - wanted)
@@ -48,9 +51,3 @@ async def generate_groups(
         Group(prompt=prompt, trajectories=[found[r.group_id, r.sample] for r in group])
         for prompt, group in zip(prompts, requests, strict=True)
     ]
-
-
-def generation_seconds(engine: EngineConfig, responses: int, grace_seconds: float) -> float:
-    """Deadline for a number of responses: that of one, for each round that the replicas need to take them all in."""
-    rounds = math.ceil(responses / (engine.replicas * engine.max_concurrent_responses))
-    return rounds * engine.response_seconds + grace_seconds

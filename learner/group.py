@@ -13,10 +13,13 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common import metrics
-from common.config.run import RunConfig
+from common.config.run import LearnerConfig, RunConfig
+from common.manifest import write_manifest
+from common.out_of_memory import learner_advice, ran_out_of_memory
 from common.trajectory import Group
 from common.weights import WeightUpdate
 from learner.batching import RankBatch, rank_batches, split_minibatches, token_counts
+from learner.errors import PartError
 from learner.objectives import ObjectiveStatistics
 from learner.policy import PolicyError
 from learner.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, Placement
@@ -72,7 +75,11 @@ class LearnerGroup:
         return _step_metrics(minibatches, results, self._config.learner.objective.kl_coefficient > 0.0)
 
     async def export_weights(self, version: int) -> WeightUpdate:
-        """Write the current weights once, for every replica on this machine to read, until `release_weights`."""
+        """Write the current weights once, for every replica on this machine to read, until `release_weights`.
+
+        Raises:
+            PartError: of the learner, a parameter is not finite.
+        """
         name = f"{file_prefix(self._config.name, os.getpid())}v{version}.safetensors"
         results: list[WrittenWeights | None] = await self._call(
             "export_weights",
@@ -83,6 +90,10 @@ class LearnerGroup:
         written = results[0]
         if written is None:
             raise LearnerError(f"rank 0 wrote no weights for version {version}")
+        if written.not_finite is not None:
+            await asyncio.to_thread(Path(written.path).unlink, missing_ok=True)
+            # As a failure of the learner, so that no checkpoint is made of these weights.
+            raise PartError("learner", f"weights version {version}: {written.not_finite} holds NaN or infinity")
         return WeightUpdate(
             version=version,
             backend=self._config.sync.backend,
@@ -111,7 +122,7 @@ class LearnerGroup:
 
     async def export_huggingface(self, directory: Path) -> None:
         """Write the policy and its tokenizer as transformers and vLLM load them; complete or not at all."""
-        await self._write(directory, "export_huggingface", f"exporting the model to {directory}")
+        await self._write(directory, "export_huggingface", f"exporting the model to {directory}", manifest=True)
 
     async def close(self) -> None:
         """Stop the ranks, dead or alive, and remove the weight files of this process. May be called twice."""
@@ -142,7 +153,9 @@ class LearnerGroup:
         parts = split_minibatches(groups, learner.advantage, learner.minibatches_per_step, self._config.seed, step)
         if not parts:
             raise ValueError(f"step {step} has no response to learn from")
-        return [rank_batches(part, learner.ranks, learner.tokens_per_microbatch) for part in parts]
+        # A KL to the start policy pulls at responses without an advantage, too.
+        skip = learner.objective.kl_coefficient == 0.0
+        return [rank_batches(part, learner.ranks, learner.tokens_per_microbatch, skip) for part in parts]
 
     def _check_checkpoint(self, directory: Path) -> None:
         path = directory / CHECKPOINT_DESCRIPTION
@@ -161,7 +174,7 @@ class LearnerGroup:
         if differing:
             raise LearnerError(f"checkpoint {directory} was written by another set-up: {', '.join(differing)}")
 
-    async def _write(self, directory: Path, method: str, what: str) -> None:
+    async def _write(self, directory: Path, method: str, what: str, manifest: bool = False) -> None:
         """Let the ranks write beside `directory`, then rename: an interruption leaves no half of it."""
         directory = directory.resolve()
         partial_directory = directory.with_name(f".{directory.name}.partial")
@@ -174,6 +187,8 @@ class LearnerGroup:
                 self._config.learner.step_seconds,
                 each=[(str(partial_directory),)] * len(self._ranks),
             )
+            if manifest:
+                await asyncio.to_thread(write_manifest, partial_directory)
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, partial_directory, ignore_errors=True)
             raise
@@ -199,7 +214,8 @@ class LearnerGroup:
                 await asyncio.wait(pending, timeout=GRACE_SECONDS)
                 errors = _errors(waits)
             if errors or pending:
-                failure = _failure(errors, [not wait.done() for wait in waits], what, seconds)
+                waiting = [not wait.done() for wait in waits]
+                failure = _failure(errors, waiting, what, seconds, self._config.learner)
                 self._failure = str(failure)
                 # Their peers would wait for the lost rank until the process group's own deadline.
                 for rank in self._ranks:
@@ -220,7 +236,9 @@ def _errors(waits: Sequence["asyncio.Future[Any]"]) -> dict[int, BaseException]:
     return {rank: error for rank, wait in enumerate(waits) if wait.done() and (error := wait.exception())}
 
 
-def _failure(errors: Mapping[int, BaseException], waiting: Sequence[bool], what: str, seconds: float) -> LearnerError:
+def _failure(
+    errors: Mapping[int, BaseException], waiting: Sequence[bool], what: str, seconds: float, learner: LearnerConfig
+) -> LearnerError:
     """Which rank failed at `what`, and as `__cause__` with what: a dead one before the errors of its peers."""
     if not errors:
         missing = ", ".join(str(rank) for rank, waits in enumerate(waiting) if waits)
@@ -229,11 +247,16 @@ def _failure(errors: Mapping[int, BaseException], waiting: Sequence[bool], what:
     error = errors[rank]
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(error, RayActorError):
-        failure = LearnerError(f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]}")
+        # A process that the kernel killed for its memory says nothing of it.
+        advice = learner_advice(learner, ran_out_of_memory(str(error)))
+        failure = LearnerError(f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]} ({advice})")
     elif isinstance(cause, PolicyError):
         failure = LearnerError(str(cause))
     else:
-        failure = LearnerError(f"{what}: learner rank {rank} failed: {type(cause).__name__}: {cause}")
+        text = f"{type(cause).__name__}: {cause}"
+        if ran_out_of_memory(text):
+            text = f"{text.splitlines()[0]} ({learner_advice(learner, certain=True)})"
+        failure = LearnerError(f"{what}: learner rank {rank} failed: {text}")
     failure.__cause__ = cause
     return failure
 
@@ -292,6 +315,7 @@ def _step_metrics(
     by_minibatch = list(zip(*results, strict=True))
     counts = [token_counts(batches) for batches in minibatches]
     real, padded = sum(c[0] for c in counts), sum(c[1] for c in counts)
+    run = sum(len(samples) for batches in minibatches for batch in batches for samples in batch.microbatches)
     whole, first = ObjectiveStatistics(), ObjectiveStatistics()
     for index, parts in enumerate(by_minibatch):
         for part in parts:
@@ -305,10 +329,12 @@ def _step_metrics(
         metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
         metrics.RATIO_MIN: whole.ratio_min,
         metrics.RATIO_MAX: whole.ratio_max,
-        metrics.LOGPROB_GAP_MEAN: first.gap_sum / max(first.tokens, 1),
-        metrics.LOGPROB_GAP_MAX: first.gap_max,
+        # Without a token that was run there is nothing to tell.
+        metrics.LOGPROB_GAP_MEAN: first.gap_sum / first.tokens if first.tokens else math.nan,
+        metrics.LOGPROB_GAP_MAX: first.gap_max if first.tokens else math.nan,
         metrics.PADDING_SHARE: 1.0 - real / padded,
         metrics.LEARNER_TOKENS: float(real),
+        metrics.SKIPPED_SHARE: 1.0 - run / max(sum(batches[0].totals.responses for batches in minibatches), 1),
     }
     if with_kl:
         values[metrics.KL] = whole.kl_sum / max(whole.tokens, 1)

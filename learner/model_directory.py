@@ -1,6 +1,7 @@
 """The policy's model directory and tokenizer: made if it is the demo's, and checked before anything starts."""
 
 import json
+import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any
 
 from common.config.data import ChainData
 from common.config.run import RunConfig
+from common.manifest import MANIFEST, DamagedError, verify_manifest
+from common.sentinels import NoSentinelsError, model_sentinels
 from learner.errors import InputError
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _HEADER_BYTES = 8
@@ -49,7 +54,10 @@ def ensure_model(config: RunConfig, on_step: Callable[[str, int, int], None]) ->
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """The model's tokenizer, once the model is known to be usable. Raises InputError that says what is wrong."""
+    """The model's tokenizer, once the model is known to be usable, sentinels included; no weights are loaded.
+
+    Raises InputError that says what is wrong.
+    """
     model = config.model
     path = Path(model.path)
     if path.exists():
@@ -72,6 +80,11 @@ def load_tokenizer(config: RunConfig) -> Any:
         raise InputError(
             f"model.max_length ({model.max_length}) exceeds the {longest} positions that the model {model.path} has"
         )
+    try:
+        sentinels = model_sentinels(model)
+    except NoSentinelsError as error:
+        raise InputError(f"model.path: {model.path} can't be used: {error}") from error
+    log.info("sentinels: %s", sentinels)
     return tokenizer
 
 
@@ -87,6 +100,14 @@ def check_directory(path: Path) -> None:
         raise InputError(f"model.path: {path} has no weights (*.safetensors)")
     for file in weights:
         _check_weights(file)
+    if (path / MANIFEST).is_file():
+        try:
+            verify_manifest(path)
+        except DamagedError as error:
+            raise InputError(
+                f"model.path: {path} is not what a run exported: {error}. If it was changed on purpose, delete its "
+                f"{MANIFEST}"
+            ) from error
 
 
 def _check_weights(file: Path) -> None:

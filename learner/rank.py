@@ -87,15 +87,12 @@ class LearnerRank:
         if self._config.learner.gradient_checkpointing:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = self._config.learner.optimizer
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.AdamW(
                 model.parameters(),
-                lr=optimizer.learning_rate,
-                betas=optimizer.betas,
-                eps=optimizer.epsilon,
-                weight_decay=optimizer.weight_decay,
+                lr=self._config.learner.optimizer.learning_rate,
+                **self._optimizer_settings(),
             ),
             config=self._deepspeed_config(model),
             dist_init_required=False,
@@ -143,6 +140,10 @@ class LearnerRank:
         path, _ = self._engine.load_checkpoint(directory, tag=CHECKPOINT_TAG)
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the checkpoint in {directory}")
+        # It brings the optimizer's settings back, too; those of the configuration may be others.
+        settings = self._optimizer_settings()
+        for group in self._engine.optimizer.param_groups:
+            group.update(settings)
 
     def export_huggingface(self, directory: str) -> None:
         """Rank 0 writes model, generation config and tokenizer as `save_pretrained` does."""
@@ -196,6 +197,10 @@ class LearnerRank:
             return None
         with torch.no_grad():
             return response_logprobs(self._reference, batch)
+
+    def _optimizer_settings(self) -> dict[str, Any]:
+        optimizer = self._config.learner.optimizer
+        return {"betas": optimizer.betas, "eps": optimizer.epsilon, "weight_decay": optimizer.weight_decay}
 
     def _set_learning_rate(self) -> float:
         total = self._config.steps * self._config.learner.minibatches_per_step

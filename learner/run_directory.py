@@ -12,11 +12,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from common.config import ConfigError, RunConfig, dump_yaml, load_config
+from common.manifest import DamagedError, verify_manifest
 from learner.errors import DiskFullError, InputError, writing
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 CHECKPOINT_STATE = "driver.json"
 CHANGEABLE_ON_RESUME = (
     "steps",
@@ -24,17 +26,18 @@ CHANGEABLE_ON_RESUME = (
     "evaluation.every_steps",
     "checkpoint",
     "runs_directory",
+    "sync",
     "learner.step_seconds",
-    "sync.deadline_seconds",
+    "learner.tokens_per_microbatch",
+    "learner.gradient_checkpointing",
+    "learner.threads_per_rank",
     "reward.timeout_seconds",
-    "rollout.engine.start_seconds",
-    "rollout.engine.response_seconds",
-    "rollout.engine.kv_cache_gib",
-    "rollout.engine.gpu_memory_utilization",
-    "rollout.engine.log_stats",
+    "reward.workers",
+    "rollout.engine",
 )
 """Settings, and parts of the configuration, that may differ from the stored ones when a run is resumed: how long it
-goes on and what it leaves, deadlines, memory, and where it lies."""
+goes on and what it leaves, deadlines, memory, where and on how many replicas it runs. None changes what is learnt from
+a response; `docs/training.md` says what each does change."""
 
 _CHANGEABLE = tuple(f"{setting}." for setting in CHANGEABLE_ON_RESUME)
 
@@ -71,14 +74,11 @@ class RunDirectory:
     @classmethod
     def resume(cls, config: RunConfig) -> "RunDirectory":
         """An earlier run's directory. Raises InputError if there is none or its configuration is another."""
+        check_resumable(config)
         path = directory_of(config)
-        if not (path / CONFIG).is_file():
-            raise InputError(f"{path} holds no run to resume")
         directory = cls(path, _locked(path))
         try:
-            # A run that failed before it kept anything may have failed of its configuration.
-            if directory.evaluations.exists() or directory.metrics.exists() or directory.checkpoint_steps():
-                check_same_run(stored_config(path), config)
+            check_resumable(config)
         except InputError:
             directory.close()
             raise
@@ -89,9 +89,12 @@ class RunDirectory:
         """Give the directory back."""
         self._lock.release()
 
-    def discard(self) -> None:
-        """Delete a new run that could not begin, unless it holds a step or a checkpoint by now."""
-        if not self.metrics.exists() and not self.checkpoint_steps():
+    def discard(self, forked: bool = False) -> None:
+        """Delete a new run that could not begin, unless it holds a step or a checkpoint by now.
+
+        `forked`: those that it holds are another run's.
+        """
+        if forked or (not self.metrics.exists() and not self.checkpoint_steps()):
             shutil.rmtree(self.path)
 
     def checkpoint(self, step: int) -> Path:
@@ -99,15 +102,49 @@ class RunDirectory:
         return self.checkpoints / f"step_{step}"
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, oldest first."""
-        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.checkpoints.glob("step_*"))
-        steps = sorted(int(match[1]) for match in found if match)
-        return [step for step in steps if (self.checkpoint(step) / CHECKPOINT_STATE).is_file()]
+        """The steps that have a checkpoint, oldest first. What is half-written has another name."""
+        return self.steps_in(self.checkpoints)
+
+    @staticmethod
+    def steps_in(checkpoints: Path) -> list[int]:
+        """The same, of another run's directory of checkpoints."""
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in checkpoints.glob("step_*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def set_damaged_checkpoints_aside(self) -> list[str]:
+        """Rename the newest checkpoints until one is whole; returns what was wrong with those before it.
+
+        Raises InputError, and renames nothing, if there are checkpoints and all are damaged.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for step in reversed(self.checkpoint_steps()):
+            path = self.checkpoint(step)
+            try:
+                verify_manifest(path)
+                break
+            except DamagedError as error:
+                damaged.append((path, f"{path} is damaged: {error}"))
+        else:
+            if damaged:
+                raise InputError(
+                    "\n".join(text for _, text in damaged) + f"\n{self.path} has no checkpoint that is whole: restore "
+                    f"one, or delete {self.checkpoints} to begin anew"
+                )
+        for path, _ in damaged:
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        return [text for _, text in damaged]
 
     def keep_newest_checkpoints(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints."""
-        for step in self.checkpoint_steps()[:-keep]:
+        """Delete all but the newest `keep` checkpoints, and those that were set aside before them."""
+        steps = self.checkpoint_steps()
+        for step in steps[:-keep]:
             self._delete_checkpoint(step)
+        for aside in self.checkpoints.glob(f"step_*{DAMAGED}"):
+            number = aside.name.removeprefix("step_").removesuffix(DAMAGED)
+            if number.isdecimal() and steps and int(number) <= steps[-1]:
+                shutil.rmtree(aside)
 
     def truncate(self, step: int) -> None:
         """Forget everything after `step` steps: it is about to be done again."""
@@ -133,8 +170,13 @@ class RunDirectory:
         with writing(self.path):
             for directory in (self.log, self.tensorboard, self.trajectories, self.checkpoints, self.plots):
                 directory.mkdir(exist_ok=True)
-            for partial in (*self.path.glob(f"*{PARTIAL}"), *self.checkpoints.glob(f"*{PARTIAL}")):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            for place in (self.path, self.checkpoints):
+                for old in place.glob(f"*.old{PARTIAL}"):
+                    path = old.with_name(old.name.removesuffix(f".old{PARTIAL}"))
+                    if not path.exists():
+                        old.rename(path)
+                for partial in place.glob(f"*{PARTIAL}"):
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         write_text(self.path / CONFIG, dump_yaml(config))
 
 
@@ -179,20 +221,37 @@ def stored_config(path: Path) -> RunConfig:
         raise InputError(f"the stored configuration of {path} can't be used: {error}") from error
 
 
+def check_resumable(config: RunConfig) -> None:
+    """Raise InputError unless there is a run in the directory of `config` that it continues."""
+    path = directory_of(config)
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path} holds no run to resume")
+    # A run that failed before it kept anything may have failed of its configuration.
+    kept = (path / "evaluations.jsonl", path / "metrics.jsonl")
+    if any(file.exists() for file in kept) or RunDirectory.steps_in(path / "checkpoints"):
+        check_same_run(stored_config(path), config)
+
+
 def check_same_run(stored: RunConfig, given: RunConfig) -> None:
     """Raise InputError, listing the differences, unless `given` continues the run of `stored`."""
-    before, now = dict(_flat(stored.model_dump(mode="json"))), dict(_flat(given.model_dump(mode="json")))
-    differing = [
-        f"  {key}: {before.get(key, 'not set')!r} in the run, {now.get(key, 'not set')!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not f"{key}.".startswith(_CHANGEABLE)
-    ]
+    differing = [line for key, line in differences(stored, given) if not f"{key}.".startswith(_CHANGEABLE)]
     if differing:
         raise InputError(
             "the configuration is not that of the run to resume:\n"
             + "\n".join(differing)
-            + f"\nOnly {', '.join(CHANGEABLE_ON_RESUME)} may change; start a new run with another --name"
+            + f"\nOnly {', '.join(CHANGEABLE_ON_RESUME)} may change; --fork NAME goes on from its checkpoint "
+            "under another name, with other settings"
         )
+
+
+def differences(stored: RunConfig, given: RunConfig) -> list[tuple[str, str]]:
+    """Each setting that differs, by name, with a line that says how."""
+    before, now = dict(_flat(stored.model_dump(mode="json"))), dict(_flat(given.model_dump(mode="json")))
+    return [
+        (key, f"  {key}: {before.get(key, 'not set')!r} in the run, {now.get(key, 'not set')!r} now")
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -225,9 +284,14 @@ def replacing(path: Path) -> Iterator[Path]:
             yield partial
             if partial.is_file():
                 _flush_to_disk(partial)
+            old = path.with_name(f"{path.name}.old{PARTIAL}")
             if path.is_dir():
-                shutil.rmtree(path)
+                # Renamed, not deleted: at no moment may there be neither the old one nor the new one.
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
             partial.replace(path)
+            _flush_to_disk(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from common import metrics as names
 from common.trajectory import Group, Prompt, Trajectory
 from learner.errors import PartError, part
 from learner.rewards import RewardItem, Rewards, Score, Tally
@@ -16,14 +17,28 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Groups whose responses have their text and reward, and how many rewards are 0 because there was none.
-
-    `timeouts` were not ready in time, `errors` raised or were no number.
-    """
+    """Groups whose responses have their text and reward, and how many rewards are 0 because there was none."""
 
     groups: list[Group]
-    timeouts: int
-    errors: int
+    tally: Tally
+
+    @property
+    def metrics(self) -> dict[str, int]:
+        return {
+            names.REWARD_TIMEOUTS: self.tally.timeouts,
+            names.REWARD_ERRORS: self.tally.errors,
+            names.REWARD_UNUSABLE_ANSWERS: self.tally.unusable_answers,
+        }
+
+    def __str__(self) -> str:
+        """What a line about the rewards ends with."""
+        tally = self.tally
+        texts = (
+            f"; {tally.timeouts} rewards were not ready in time and are 0" if tally.timeouts else "",
+            f"; {tally.errors} rewards failed and are 0" if tally.errors else "",
+            f"; {tally.unusable_answers} rewards are 0 for want of a usable answer" if tally.unusable_answers else "",
+        )
+        return "".join(texts)
 
 
 class Scoring:
@@ -83,7 +98,7 @@ class Scoring:
         while pending:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
             self._raise_failure()
-        return Scored([self._rewarded(group) for group in groups], self._tally.timeouts, self._tally.errors)
+        return Scored([self._rewarded(group) for group in groups], self._tally)
 
     async def _score(self, item: RewardItem) -> Score:
         try:

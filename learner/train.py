@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import ConfigError, RunConfig, build_config, dump_yaml
-from common.config.loading import changed, read_assignments, read_yaml
+from common.config.loading import changed, read_assignments, read_yaml, renamed
 from learner.errors import InputError, Interrupted, PartError
-from learner.run_directory import CONFIG, write_dry_run
+from learner.run_directory import CONFIG, directory_of, write_dry_run
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -26,6 +26,8 @@ examples:
       python -m learner.train --config deploy/configs/qwen3_4b_deepmath.yaml --dry-run
   continue a run that was stopped or killed
       python -m learner.train --config deploy/configs/demo.yaml --resume
+  go on from its newest checkpoint under another name, with other settings
+      python -m learner.train --config deploy/configs/demo.yaml --fork gentler --set learner.optimizer.epsilon=1e-6
   train, then train the baselines with as many generated tokens, and compare
       python -m learner.train --config deploy/configs/demo.yaml --compare
 
@@ -56,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--dry-run", action="store_true", help="check, write and print the configuration; start nothing")
     how.add_argument("--resume", action="store_true", help="continue the run of that name from its newest checkpoint")
     how.add_argument(
+        "--fork", metavar="NAME", help="go on from that run's newest checkpoint, as a new run NAME with other settings"
+    )
+    how.add_argument(
         "--compare",
         action="store_true",
         help="afterwards run GRPO and the temperature control at equal tokens",
@@ -64,14 +69,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_config(options: argparse.Namespace) -> RunConfig:
-    """The configuration that the command line asks for. `--resume --name X` alone takes the stored one."""
+    """The configuration that the command line asks for; with `--fork` still under the name of the run to fork.
+
+    `--resume --name X` and `--fork NEW --name X` without a file take the stored one.
+    """
+    if options.fork and (options.resume or options.compare):
+        raise ConfigError("--fork begins a new run: it does not go with --resume or --compare")
     changes = read_assignments(options.assignments)
     if options.name:
         changes["name"] = options.name
     path = options.config
     if path is None:
-        if not (options.resume and options.name):
-            raise ConfigError("--config FILE is needed (or --resume --name NAME, which takes the stored one)")
+        if not ((options.resume or options.fork) and options.name):
+            raise ConfigError(
+                "--config FILE is needed (or --name NAME with --resume or --fork, which takes the stored one)"
+            )
         path = Path(str(changes.get("runs_directory", "runs"))) / options.name / CONFIG
     return build_config(changed(read_yaml(path), changes))
 
@@ -143,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         config = read_config(options)
+        source = directory_of(config) if options.fork else None
+        if options.fork:
+            config = renamed(config, options.fork)
         if options.dry_run:
             dry_run(config)
             return OK
@@ -150,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(BAD_INPUT, str(error))
     except PartError as error:
         return _fail(FAILED, str(error))
-    return _train(config, options)
+    return _train(config, options, source)
 
 
-def _train(config: RunConfig, options: argparse.Namespace) -> int:
+def _train(config: RunConfig, options: argparse.Namespace, source: Path | None) -> int:
     resume_hint = f"continue with --resume (name: {config.name})"
     try:
         from learner import training_run
@@ -163,7 +178,7 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
         if options.compare:
             training_run.show_comparison(training_run.compare(config, resume=options.resume))
         else:
-            training_run.train(config, resume=options.resume)
+            training_run.train(config, resume=options.resume, source=source)
     except (ConfigError, InputError) as error:
         return _fail(BAD_INPUT, str(error))
     except training_run.RunFailedError as error:

@@ -4,9 +4,10 @@ import asyncio
 import importlib
 import json
 import logging
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from common.config import RunConfig, variant
 from common.config.data import ChainReward, MathReward
 from common.interfaces import ROLLOUTS, Rollouts
 from learner.cluster import ray_cluster
-from learner.data import PromptStream, Row, read_rows, rows_digest, tokenise
+from learner.data import PromptStream, Row, read_rows, rows_digest, tokenise, with_columns
 from learner.display import Display
 from learner.driver import Driver, Parts, Problems, is_finished
 from learner.driver_state import DriverState, RunRecord, newest_state
 from learner.errors import InputError, Interrupted, PartError, part
+from learner.fork import check_fork, fork, has_only_begun
 from learner.group import LearnerGroup
 from learner.memory import PeakMemory
 from learner.model_directory import ensure_model, load_tokenizer, with_absolute_model
@@ -30,7 +32,7 @@ from learner.report import build_report, comparison_table, final_table, write_re
 from learner.rewards import Rewards, make_rewards
 from learner.rewards.chain_steps import check_prompts
 from learner.rewards.math_answers import check_answers
-from learner.run_directory import RunDirectory, check_unused, directory_of, holds_run, write_text
+from learner.run_directory import RunDirectory, check_resumable, check_unused, directory_of, holds_run, write_text
 from learner.tasks import Split
 
 log = logging.getLogger(__name__)
@@ -55,25 +57,46 @@ class _Prepared:
     rows: dict[Split, list[Row]]
     rewards: Rewards
 
+    @property
+    def digest(self) -> str:
+        """What tells whether a run goes on with the same data."""
+        return rows_digest([*self.rows["train"], *self.rows["test"]])
 
-def train(config: RunConfig, *, resume: bool) -> dict[str, Any]:
-    """Run or continue a training run; returns its report.
+
+def train(config: RunConfig, *, resume: bool, source: Path | None = None) -> dict[str, Any]:
+    """Run or continue a training run; returns its report. `source`: the run whose checkpoint a new one goes on from.
 
     Raises InputError if something given can't be used (a new run then leaves nothing behind), RunFailedError if a
     part fails and Interrupted if the user stops it.
     """
-    if not resume:
+    # Before the data is read, which can take long.
+    if resume:
+        check_resumable(config)
+    else:
         check_unused(config)
+    if source is not None:
+        check_fork(source, config)
     with _prepared(config) as prepared:
         directory = RunDirectory.resume(config) if resume else RunDirectory.create(config)
         try:
+            if source is not None:
+                _fork(source, directory, config, prepared)
             return _run_in(directory, config, prepared)
         except InputError:
-            if not resume:
-                directory.discard()
+            if not resume and (source is None or has_only_begun(directory)):
+                directory.discard(forked=source is not None)
             raise
         finally:
             directory.close()
+
+
+def _fork(source: Path, directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> None:
+    try:
+        for text in fork(source, directory, config, prepared.digest):
+            print(text, flush=True)
+    except BaseException:
+        shutil.rmtree(directory.path)
+        raise
 
 
 def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
@@ -105,17 +128,22 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 def _prepared(config: RunConfig) -> Iterator[_Prepared]:
     """Read the data and load the reward function, which need neither model nor Ray; stop the function afterwards."""
     rows: dict[Split, list[Row]] = {"train": read_rows(config, "train"), "test": read_rows(config, "test")}
-    every_row = [row for split in rows.values() for row in split]
-    if isinstance(config.reward, ChainReward):
-        check_prompts(every_row)
-    elif isinstance(config.reward, MathReward):
-        check_answers(every_row)
-    rewards = make_rewards(config.reward)
+    _check_answers(config, rows.values())
+    rewards = make_rewards(config.reward, {name for split in rows.values() for row in split for name in row.columns})
     try:
-        asyncio.run(rewards.start())
+        read = asyncio.run(rewards.start())
+        rows = {split: with_columns(of_split, read) for split, of_split in rows.items()}
         yield _Prepared(rows, rewards)
     finally:
         asyncio.run(rewards.close())
+
+
+def _check_answers(config: RunConfig, splits: Iterable[list[Row]]) -> None:
+    rows = [row for split in splits for row in split]
+    if isinstance(config.reward, ChainReward):
+        check_prompts(rows)
+    elif isinstance(config.reward, MathReward):
+        check_answers(rows)
 
 
 def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
@@ -147,6 +175,10 @@ def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> 
 
 def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, display: Display) -> dict[str, Any]:
     started = time.monotonic()
+    for damage in directory.set_damaged_checkpoints_aside():
+        text = f"{damage}; it is set aside, and the checkpoint before it is taken"
+        log.warning(text)
+        display.message(text)
     state = newest_state(directory)
     if is_finished(config, state) and directory.report.is_file():
         limit = "steps" if state.step >= config.steps else "token_budget"
@@ -154,11 +186,11 @@ def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, displa
         return cast(dict[str, Any], json.loads(directory.report.read_text(encoding="utf-8")))
     # Without a checkpoint the run begins anew, evaluations included: they leave their mark on the thresholds.
     directory.truncate(state.step if directory.checkpoint_steps() else -1)
-    digest = rows_digest([*prepared.rows["train"], *prepared.rows["test"]])
+    digest = prepared.digest
     if state.data not in ("", digest):
         raise InputError(
             f"the data is not what {directory.path} was trained on so far (rows were added, removed or changed), so "
-            "its place in it means nothing: restore the data, or start a new run with another --name"
+            "its place in it means nothing: restore the data, or go on under another name with --fork NAME"
         )
     state = state.model_copy(update={"data": digest})
     if state.step:

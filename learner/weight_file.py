@@ -46,12 +46,14 @@ class Gather(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WrittenWeights:
-    """What was written: `checksum` is `weight_checksum` over all tensors."""
+    """What was written: `checksum` is `weight_checksum` over all tensors. `not_finite`: the first that holds NaN or
+    infinity."""
 
     path: str
     checksum: str
     tensors: int
     bytes: int
+    not_finite: str | None
 
 
 def file_prefix(run: str, process: int) -> str:
@@ -95,15 +97,23 @@ def write_weights(path: Path, shapes: list[ParameterShape], gather: Gather) -> W
     """
     header = _header(shapes)
     checksum = 0
+    not_finite = None
     with path.open("wb") as file:
         file.write(header)
         for shape in shapes:
             with gather(shape.name) as tensor:
                 tensor = tensor.detach().contiguous().cpu()
                 checksum += int(weight_checksum([tensor]), 16)
+                if not_finite is None and not _is_finite(tensor):
+                    not_finite = shape.name
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
     total = sum(shape.bytes for shape in shapes)
-    return WrittenWeights(str(path), f"{checksum % 2**64:016x}", len(shapes), total)
+    return WrittenWeights(str(path), f"{checksum % 2**64:016x}", len(shapes), total, not_finite)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In one pass and without a copy: the smallest and the largest element tell."""
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _header(shapes: list[ParameterShape]) -> bytes:

@@ -2,33 +2,48 @@
 
 import asyncio
 import itertools
+import logging
+import math
 import os
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-from vllm import SamplingParams
+from vllm import RequestOutput
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, ModelConfig
+from common.sentinels import model_sentinels
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
-from common.weights import WeightUpdate
-from rollout_server.records import Inbox
+from common.weights import NonFiniteLogits, WeightUpdate
+from rollout_server.plain_requests import PlainRequests
+from rollout_server.records import Inbox, NonFiniteRecord, Record
 from rollout_server.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
-from rollout_server.sentinels import NoSentinelsError, find_sentinels
+from rollout_server.sampling import plain_params, score_params
+from rollout_server.scheduling import SCHEDULER
 from rollout_server.vllm_v1 import LOGITS_PROCESSOR
 from rollout_server.weight_transfer import HOST_BACKEND
 from rollout_server.worker_extension import WORKER_EXTENSION
 
+log = logging.getLogger("e3rl.engine")
+
+MAX_SCORED_LOGITS = 2**29
+"""On CPU vLLM computes the logits of a whole prompt at once: 2 GiB of them at most."""
+
+
 RELEASE_AFTER = 32
 """Aborted submissions that are released together, and at the latest when the engine is asked to settle."""
+
+
+PromptScores = list[dict[int, tuple[float, int]] | None]
 
 
 Priors = dict[str, list[list[float]]]
@@ -51,6 +66,10 @@ class EngineClosed(RuntimeError):
     """The engine was closed before it admitted a request."""
 
 
+class CannotSample(ValueError):
+    """vLLM does not sample with these parameters; the message says why."""
+
+
 class PromptTooLong(ValueError):
     """Prompt and response together do not fit into the model's length."""
 
@@ -67,11 +86,12 @@ class ErasableEngine:
         self.max_length = max_length
         self.sentinel_ids = sentinel_ids
         self.eos_token_ids = _eos_token_ids(llm)
+        self._uids = itertools.count(1)
         self._rollback = ResubmitRollback(
-            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version
+            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
         )
-        self._plain_ids = itertools.count(1)
-        self._receiver = asyncio.create_task(inbox.receive(self._rollback.deliver))
+        self._plain = PlainRequests(llm, finish=sentinel_ids[1])
+        self._receiver = asyncio.create_task(inbox.receive(self._deliver))
         self._admitting = asyncio.Event()
         self._admitting.set()
         self._paused = False
@@ -94,14 +114,12 @@ class ErasableEngine:
         inbox = Inbox()
         try:
             async with asyncio.timeout(engine.start_seconds):
-                args = _engine_args(model, engine, inbox.address)
+                args = _engine_args(model, engine, inbox.address, version)
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
                 started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
                 # From here on vLLM keeps what it read of the environment, which it would look up for every token.
                 enable_envs_cache()
-                if sentinels := set(started.sentinel_ids) & set(started.eos_token_ids):
-                    await started.close()
-                    raise NoSentinelsError(f"sentinel id {min(sentinels)} ends this model's responses: choose another")
+                await llm.collective_rpc("e3rl_clear_new_blocks")
                 await llm.update_weight_version(str(version))
                 started.version = version
         except TimeoutError:
@@ -118,9 +136,53 @@ class ErasableEngine:
         Raises:
             PromptTooLong: with both lengths.
             WeightSyncError: the last sync failed.
+            NonFiniteLogits: with the version of the weights.
             EngineClosed: by `close`, while the response waited for a sync or a pause to end.
         """
         self._check(request)
+        async with self._admitted():
+            return await self._generate(request, listener)
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None = None) -> PromptScores:
+        """Log-probs of a prompt's tokens, each given those before it.
+
+        For each token but the first: log-prob and rank of it and of the `top` likeliest ones in its place.
+
+        Raises:
+            PromptTooLong: it and one token do not fit the model's length.
+            CannotSample: scoring it would need too much memory.
+            NonFiniteLogits, WeightSyncError, EngineClosed: as `generate`.
+        """
+        if len(prompt_token_ids) + 1 > self.max_length:
+            raise PromptTooLong(f"a prompt of {len(prompt_token_ids)} tokens exceeds what can be scored")
+        logits = len(prompt_token_ids) * self._llm.model_config.get_vocab_size()
+        if current_platform.is_cpu() and logits > MAX_SCORED_LOGITS:
+            raise CannotSample(
+                f"scoring {len(prompt_token_ids)} tokens at once needs {logits * 4 / 2**30:.1f} GiB on CPU; "
+                f"at most {MAX_SCORED_LOGITS * 4 / 2**30:.1f} GiB are allowed"
+            )
+        prompt = tokens_input(prompt_token_ids, cache_salt=cache_salt)
+        async with self._admitted():
+            uid = next(self._uids)
+            outputs = _checked(self._plain.outputs(uid, prompt, score_params(top, uid)))
+            scores = [output.prompt_logprobs async for output in outputs]
+        if not scores or scores[-1] is None:
+            raise RuntimeError("vLLM aborted the scoring of a prompt")
+        known = [
+            None if place is None else {token: (entry.logprob, entry.rank or 0) for token, entry in place.items()}
+            for place in scores[-1]
+        ]
+        if any(math.isnan(next(iter(place.values()))[0]) for place in known if place):
+            raise NonFiniteLogits(self.version)
+        return known
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget the KV of earlier requests; false while a request under way holds some."""
+        return bool(await self._llm.reset_prefix_cache())
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """Wait for a sync or a pause to end, and count as under way."""
         while not self._admitting.is_set():
             await self._admitting.wait()
         if self._closed:
@@ -130,7 +192,7 @@ class ErasableEngine:
         self._under_way += 1
         self._idle.clear()
         try:
-            return await self._generate(request, listener)
+            yield
         finally:
             self._under_way -= 1
             if not self._under_way:
@@ -148,8 +210,14 @@ class ErasableEngine:
     async def settle(self) -> None:
         """Release what aborted submissions hold in the monitor."""
         aborted, self._rollback.aborted = self._rollback.aborted, []
-        if aborted:
+        if not aborted:
+            return
+        try:
             await self._llm.collective_rpc("e3rl_release", args=(aborted,))
+        except BaseException:
+            # Whoever called may be cancelled meanwhile; to release twice does nothing.
+            self._rollback.aborted += aborted
+            raise
 
     async def counters(self) -> dict[str, int]:
         """What the monitor holds and what erasures cost.
@@ -214,7 +282,7 @@ class ErasableEngine:
                 await self._llm.start_weight_update()
                 await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
-                checksums = set(await self._llm.collective_rpc("e3rl_weight_checksum"))
+                checksums = set(await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)))
                 if checksums != {update.checksum}:
                     raise WeightSyncError(
                         f"version {update.version}: the engine holds weights with checksum {sorted(checksums)}, "
@@ -263,7 +331,7 @@ class ErasableEngine:
         await asyncio.gather(self._receiver, return_exceptions=True)
         await asyncio.to_thread(self._llm.shutdown, timeout=SHUTDOWN_SECONDS)
         self._inbox.close()
-        del self._llm, self._rollback
+        del self._llm, self._rollback, self._plain
 
     @property
     def rollback(self) -> Rollback:
@@ -285,24 +353,15 @@ class ErasableEngine:
 
     async def _generate_plain(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         """What plain vLLM generates: no monitor, no sentinel."""
-        params = SamplingParams(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            logprobs=None if listener is None else request.top_logprobs,
-            seed=request.seed,
-            max_tokens=request.max_tokens,
-            ignore_eos=request.ignore_eos,
-            stop_token_ids=[] if request.ignore_eos else list(self.eos_token_ids),
-            detokenize=False,
-            skip_clone=True,
-            output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
-        )
-        prompt = tokens_input(request.prompt_token_ids)
+        uid = next(self._uids)
+        try:
+            params = plain_params(request, self.eos_token_ids, uid, listened=listener is not None)
+        except (VLLMValidationError, ValueError) as error:
+            raise CannotSample(str(error)) from error
+        prompt = tokens_input(request.prompt_token_ids, cache_salt=request.extras.cache_salt)
         token_ids: list[int] = []
         output = None
-        async for output in self._llm.generate(prompt, params, f"plain-{next(self._plain_ids)}"):
+        async for output in _checked(self._plain.outputs(uid, prompt, params)):
             tokens = list(output.outputs[0].token_ids)
             token_ids += tokens
             if listener is not None and tokens:
@@ -334,6 +393,20 @@ class ErasableEngine:
             finish_reason="stop" if output.outputs[0].finish_reason == "stop" else "length",
         )
 
+    def _deliver(self, record: Record) -> None:
+        """Take a record from the monitor."""
+        if not isinstance(record, NonFiniteRecord) or not self._plain.deliver(record):
+            self._rollback.deliver(record)
+
+
+async def _checked(outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+    """`outputs`, where vLLM's refusal of the parameters is a `CannotSample`."""
+    try:
+        async for output in outputs:
+            yield output
+    except (VLLMValidationError, ValueError) as error:
+        raise CannotSample(" ".join(str(error).split())[:500]) from error
+
 
 def prepare_environment(engine: EngineConfig) -> None:
     """Environment that vLLM reads when it is imported or started; what the user has set wins."""
@@ -353,13 +426,9 @@ def prepare_environment(engine: EngineConfig) -> None:
         os.environ.setdefault(name, value)
 
 
-def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> AsyncEngineArgs:
-    from transformers import AutoConfig, AutoTokenizer
-
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-    config = AutoConfig.from_pretrained(model.path, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
-    sentinel_ids = find_sentinels(config.get_text_config().vocab_size, tokenizer, model.sentinel_ids)
+def _engine_args(model: ModelConfig, engine: EngineConfig, address: str, version: int) -> AsyncEngineArgs:
+    sentinels = model_sentinels(model)
+    log.info("sentinels: %s", sentinels)
     return AsyncEngineArgs(
         model=model.path,
         # The label of vLLM's metrics: not the directory's path, which clients need not know.
@@ -377,10 +446,11 @@ def _engine_args(model: ModelConfig, engine: EngineConfig, address: str) -> Asyn
         # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
         enable_chunked_prefill=False if current_platform.is_cpu() else None,
         scheduling_policy="priority",
+        scheduler_cls=SCHEDULER,
         logits_processors=[LOGITS_PROCESSOR],
         worker_extension_cls=WORKER_EXTENSION,
         weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
-        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinel_ids}},
+        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinels.ids, "version": version}},
         disable_log_stats=not engine.log_stats,
         enable_log_requests=False,
         seed=0,

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.config.run import EngineConfig, RunConfig
+from common.out_of_memory import engine_advice, ran_out_of_memory
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import ReplicaSync, SyncReport, WeightUpdate
 from rollout_server.actor import RolloutActor
@@ -31,6 +32,7 @@ class RolloutPool:
     def __init__(self) -> None:
         self._replicas: list[Any] = []
         self._outstanding: list[int] = []
+        self._progressed: list[float] = []
         self._engine = EngineConfig()
 
     async def start(self, config: RunConfig, log_directory: Path) -> None:
@@ -55,14 +57,17 @@ class RolloutPool:
             ).remote(number, log_directory / f"replica_{number}.log")
             self._replicas.append(actor)
         self._outstanding = [0] * engine.replicas
+        self._progressed = [0.0] * engine.replicas
         starts = [r.start.remote(config.model, engine, 0) for r in self._replicas]
         await self._all(starts, engine.start_seconds + SYNC_MARGIN_SECONDS, "start")
 
     async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
         """Generate all groups, each on the replica with the fewest responses under way.
 
+        Responses may wait for places, however many they are. What is watched is a replica's progress.
+
         Raises:
-            ReplicaError: a replica failed, or nothing came from one within `response_seconds`.
+            ReplicaError: a replica failed, or finished none of its responses within `response_seconds`.
         """
         finished: asyncio.Queue[Trajectory | asyncio.Task[None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._generate_group(group, finished)) for group in groups]
@@ -86,22 +91,42 @@ class RolloutPool:
         self, group: Sequence[ResponseRequest], finished: "asyncio.Queue[Trajectory | asyncio.Task[None]]"
     ) -> None:
         number = self._outstanding.index(min(self._outstanding))
+        if not self._outstanding[number]:
+            self._progressed[number] = time.monotonic()
         self._outstanding[number] += len(group)
         stream = self._replicas[number].generate.options(num_returns="streaming").remote(list(group))
         try:
             for _ in group:
-                async with asyncio.timeout(self._engine.response_seconds):
-                    reference = await anext(stream)
-                    finished.put_nowait(await reference)
-        except TimeoutError:
-            raise ReplicaError(
-                f"replica {number} finished no response of group {group[0].group_id} "
-                f"within {self._engine.response_seconds:g} s"
-            ) from None
+                finished.put_nowait(await self._next(number, stream, group[0].group_id))
         except (RayActorError, RayTaskError) as error:
-            raise ReplicaError(f"replica {number} failed: {_cause(error)}") from error
+            raise ReplicaError(f"replica {number} failed: {_cause(error, self._engine)}") from error
         finally:
             self._outstanding[number] -= len(group)
+
+    async def _next(self, number: int, stream: Any, group_id: str) -> Trajectory:
+        """A group's next response, for which it may wait as long as its replica finishes others.
+
+        Whether the engine has taken a response, or lets it wait for a place or for KV blocks, is not known here. But
+        of those it has taken each finishes within `response_seconds`: so one of them does, or the replica is stuck.
+        """
+        waiting = asyncio.ensure_future(_awaited(stream))
+        seconds = self._engine.response_seconds
+        try:
+            while not waiting.done():
+                left = self._progressed[number] + seconds - time.monotonic()
+                if left <= 0.0:
+                    raise ReplicaError(
+                        f"replica {number} finished none of its {self._outstanding[number]} responses within "
+                        f"{seconds:g} s (rollout.engine.response_seconds), group {group_id} waits for one"
+                    )
+                await asyncio.wait({waiting}, timeout=left)
+            trajectory = waiting.result()
+            self._progressed[number] = time.monotonic()
+            return trajectory
+        finally:
+            if not waiting.done():
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> SyncReport:
         """Load `update` into every replica at once; see `Rollouts.sync`."""
@@ -116,10 +141,10 @@ class RolloutPool:
         return await self._all([r.priors.remote() for r in self._replicas], STATE_SECONDS, "give its statistics")
 
     async def restore(self, state: list[Any]) -> None:
-        """Take over a checkpoint's state; replicas beyond it start with the first one's."""
+        """Take over a checkpoint's state, whatever the number of replicas that gave it: see `shared_out`."""
         if not state:
             return
-        given = [state[number] if number < len(state) else state[0] for number in range(len(self._replicas))]
+        given = shared_out(state, len(self._replicas))
         calls = [r.restore_priors.remote(s) for r, s in zip(self._replicas, given, strict=True)]
         await self._all(calls, STATE_SECONDS, "take statistics over")
 
@@ -143,8 +168,25 @@ class RolloutPool:
             except TimeoutError:
                 raise ReplicaError(f"replica {number} did not {purpose} within {seconds:g} s") from None
             except (RayActorError, RayTaskError) as error:
-                raise ReplicaError(f"replica {number} could not {purpose}: {_cause(error)}") from error
+                raise ReplicaError(f"replica {number} could not {purpose}: {_cause(error, self._engine)}") from error
         return results
+
+
+def shared_out(state: Sequence[dict[str, Any]], replicas: int) -> list[dict[str, Any]]:
+    """The statistics of some replicas for another number of them: each has those of one, in turn.
+
+    Statistics are kept by kind of response. What that one does not know comes from the first that does, so that no
+    kind is lost.
+    """
+    known: dict[str, Any] = {}
+    for one in reversed(state):
+        known |= one
+    return [known | state[number % len(state)] for number in range(replicas)]
+
+
+async def _awaited(stream: Any) -> Trajectory:
+    trajectory: Trajectory = await (await anext(stream))
+    return trajectory
 
 
 async def _settled(call: Any) -> None:
@@ -152,9 +194,14 @@ async def _settled(call: Any) -> None:
     await asyncio.gather(call, return_exceptions=True)
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: Exception, engine: EngineConfig) -> str:
     cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}"
+    text = f"{type(cause).__name__}: {cause}"
+    certain = ran_out_of_memory(text)
+    # A process that the kernel killed for its memory says nothing of it, nor does vLLM of its engine's death.
+    if certain or isinstance(error, RayActorError) or type(cause).__name__ == "EngineDeadError":
+        text += f" ({engine_advice(engine, certain)})"
+    return text
 
 
 def _actor_environment(engine: EngineConfig) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A ZeroMQ push/pull pair over a Unix socket: the engine's step is never stopped to fetch them. A message leaves when a
 judgement ends a request or somebody watches, and carries all that was judged since the last one. The record of a
-judgement that ends a request is on its way before the sentinel that it led to is sampled.
+judgement that ends a request is on its way before the sentinel that it led to is sampled. So is the record of logits
+that are not finite, which end their request too.
 """
 
 import os
@@ -10,8 +11,9 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -22,12 +24,15 @@ import zmq.asyncio
 from rollout_server.monitor import Field, Judged
 
 INBOX_LINGER_MS = 1000
+FLUSH_SECONDS = 10.0
+NON_FINITE_KEPT = 65536
+"""Requests of which it is remembered that their logits were not finite: far more than are under way at once."""
 
 Sender = tuple[int, int, bool]
 """A submission's uid, the engine step in which its first token was sampled, and whether somebody watches it."""
 
 
-class JudgementRecord(msgspec.Struct, array_like=True):
+class JudgementRecord(msgspec.Struct, array_like=True, tag=0):
     """One judged segment of the submission `uid`.
 
     `opened`, `step`: engine steps in which the submission's first token was sampled and the segment was judged.
@@ -58,21 +63,33 @@ class JudgementRecord(msgspec.Struct, array_like=True):
         return np.frombuffer(self.tokens, dtype=np.float32).reshape(-1, 3)
 
 
+class NonFiniteRecord(msgspec.Struct, array_like=True, tag=1):
+    """The weights of `version` gave the request `uid` logits that are not finite; it was forced to its end."""
+
+    uid: int
+    version: int
+
+
+Record = JudgementRecord | NonFiniteRecord
+
+
 class Outbox:
     """The monitor's side. On a GPU a thread waits for the copies to the host, so that no step does.
 
-    Submissions that a record ends are in `ended` once the record has left, for the adapter to collect.
+    Submissions that a record ends are in `ended` once the record has left, for the adapter to collect. `non_finite`:
+    weight versions of requests whose logits were not finite, by uid.
     """
 
     def __init__(self, address: str, threaded: bool) -> None:
         self.ended: deque[tuple[int, bool]] = deque()
-        self._held: list[JudgementRecord] = []
+        self.non_finite: OrderedDict[int, int] = OrderedDict()
+        self._held: list[Record] = []
         self._encoder = msgspec.msgpack.Encoder()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, INBOX_LINGER_MS)
         self._socket.connect(address)
-        self._queue: queue.SimpleQueue[tuple[list[Sender], int, Judged, torch.cuda.Event]] | None = None
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], torch.cuda.Event | None]] | None = None
         if threaded:
             self._queue = queue.SimpleQueue()
             threading.Thread(target=self._drain, args=(self._queue,), daemon=True, name="e3rl-outbox").start()
@@ -87,19 +104,54 @@ class Outbox:
             judged.fields.to("cpu", non_blocking=True),
             judged.tokens.to("cpu", non_blocking=True),
         )
-        event = torch.cuda.Event()
-        event.record()
-        self._queue.put((senders, step, copied, event))
+        self._send_later(self._queue, partial(self._send, senders, step, copied))
+
+    def put_non_finite(self, uids: list[int], broken: torch.Tensor, version: int) -> None:
+        """Report the requests `uids` `[rows]` where `broken` `[rows]`: their logits are not finite. Returns at once."""
+        if self._queue is None:
+            self._send_non_finite(uids, broken, version)
+            return
+        copied = broken.to("cpu", non_blocking=True)
+        self._send_later(self._queue, partial(self._send_non_finite, uids, copied, version))
+
+    def flush(self) -> None:
+        """Wait until what was put has left. Raises `TimeoutError`."""
+        if self._queue is None:
+            return
+        done = threading.Event()
+        self._queue.put((done.set, None))
+        if not done.wait(FLUSH_SECONDS):
+            raise TimeoutError(f"the monitor's records did not leave within {FLUSH_SECONDS:g} s")
 
     def close(self) -> None:
         """Close the socket once what was sent has left; in a worker the end of its process does that."""
         self._socket.close()
 
-    def _drain(self, waiting: "queue.SimpleQueue[tuple[list[Sender], int, Judged, torch.cuda.Event]]") -> None:
+    def _send_later(
+        self, waiting: "queue.SimpleQueue[tuple[Callable[[], None], torch.cuda.Event | None]]", send: Callable[[], None]
+    ) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        waiting.put((send, event))
+
+    def _drain(self, waiting: "queue.SimpleQueue[tuple[Callable[[], None], torch.cuda.Event | None]]") -> None:
         while True:
-            senders, step, judged, event = waiting.get()
-            event.synchronize()
-            self._send(senders, step, judged)
+            send, event = waiting.get()
+            if event is not None:
+                event.synchronize()
+            send()
+
+    def _send_non_finite(self, uids: list[int], broken: torch.Tensor, version: int) -> None:
+        fresh = [uid for uid, row in zip(uids, broken.tolist(), strict=True) if row and uid not in self.non_finite]
+        if not fresh:
+            return
+        self._held += [NonFiniteRecord(uid, version) for uid in fresh]
+        self._socket.send(self._encoder.encode(self._held))
+        self._held.clear()
+        self.non_finite.update(dict.fromkeys(fresh, version))
+        while len(self.non_finite) > NON_FINITE_KEPT:
+            self.non_finite.popitem(last=False)
+        self.ended.extend((uid, True) for uid in fresh)
 
     def _send(self, senders: list[Sender], step: int, judged: Judged) -> None:
         tokens = judged.tokens.numpy()
@@ -129,9 +181,9 @@ class Inbox:
         self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.set_hwm(0)
         self._socket.bind(self.address)
-        self._decoder = msgspec.msgpack.Decoder(list[JudgementRecord])
+        self._decoder = msgspec.msgpack.Decoder(list[Record])
 
-    async def receive(self, deliver: Callable[[JudgementRecord], None]) -> None:
+    async def receive(self, deliver: Callable[[Record], None]) -> None:
         """Deliver records until cancelled."""
         while True:
             for record in self._decoder.decode(await self._socket.recv()):

@@ -5,25 +5,28 @@ at most the part of one block. An implementation inside the engine would replace
 """
 
 import asyncio
-import itertools
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vllm import RequestOutput, SamplingParams
+import numpy as np
+from vllm import RequestOutput
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.erasure import ErasurePolicy
 from common.seeds import attempt_seed
-from common.threshold import GroupStatistics, History, extended_history
+from common.threshold import GroupStatistics, History
 from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
+from common.weights import NonFiniteLogits
 from rollout_server.monitor import Field
-from rollout_server.records import JudgementRecord
-from rollout_server.submission import Submission, policy_json
+from rollout_server.progress import Progress, Sampled
+from rollout_server.records import JudgementRecord, NonFiniteRecord, Record
+from rollout_server.sampling import adjustments, submission_params
+from rollout_server.submission import Submission, policy_json, statistics_kind
 
 RECORD_SECONDS = 60.0
 SENTINEL_TOKENS = 1
@@ -66,31 +69,42 @@ class Listener(Protocol):
         """
         ...
 
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        """A segment's erasures are spent: `attempt`, its last, was erased, and `kept` is accepted after all.
+
+        `kept` was told of before, as erased. `final`: it ends the response.
+        """
+        ...
+
 
 class Rollback(Protocol):
     """Generates a monitored response, erasing what the monitor says."""
 
     async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory: ...
 
-    def deliver(self, record: JudgementRecord) -> None:
+    def deliver(self, record: Record) -> None:
         """Take a record from the monitor."""
         ...
 
 
 @dataclass(slots=True)
 class _Mailbox:
-    """Records of one submission that have arrived and were not taken."""
+    """Records of one submission that have arrived and were not taken. `failure`: the one that ended it, if one did."""
 
     records: deque[JudgementRecord] = field(default_factory=deque)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
+    failure: NonFiniteRecord | None = None
 
     async def take(self, uid: int) -> JudgementRecord:
+        """The next judgement. Raises `NonFiniteLogits` behind the last one of a submission that ended so."""
         if self.records:
             return self.records.popleft()
         try:
             async with asyncio.timeout(RECORD_SECONDS):
                 while not self.records:
+                    if self.failure is not None:
+                        raise NonFiniteLogits(self.failure.version)
                     if self.closed:
                         raise RecordLost(f"the engine was closed before the record of submission {uid} came")
                     self.arrived.clear()
@@ -100,74 +114,11 @@ class _Mailbox:
         return self.records.popleft()
 
 
-@dataclass(slots=True)
-class _Progress:
-    """A response under way: what is committed, and where the next submission goes on."""
-
-    committed: list[int] = field(default_factory=list)
-    attempts: list[Attempt] = field(default_factory=list)
-    segment: int = 0
-    attempt: int = 0
-    erased_tokens: int = 0
-    history: History = field(default_factory=History)
-    reused_prefix_tokens: int = 0
-    erased_at: int | None = None
-    finished: bool = False
-
-    def add(self, attempt: Attempt) -> None:
-        """Move on by a judged attempt."""
-        judgement = attempt.judgement
-        if judgement is None:
-            raise ValueError("an attempt that was not judged cannot be gone on from")
-        self.attempts.append(attempt)
-        self.segment = attempt.segment
-        if attempt.verdict == "erased":
-            self.attempt = attempt.attempt + 1
-            self.erased_tokens += len(attempt.token_ids)
-            self.history = judgement.history
-        else:
-            self.segment += 1
-            self.attempt = 0
-            self.committed += attempt.token_ids
-            self.history = extended_history(judgement.history, judgement.uncertainty, judgement.statistics)
-
-
-@dataclass(slots=True)
-class _Sampled:
-    """What one submission sampled, from position `start` of the response on.
-
-    `versions`: spans (start, end, weight version) over `token_ids`.
-    """
-
-    start: int
-    token_ids: list[int] = field(default_factory=list)
-    versions: list[tuple[int, int, int]] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
-
-    def add(self, token_ids: list[int], version: int) -> None:
-        start = len(self.token_ids)
-        if self.versions and self.versions[-1][2] == version:
-            start = self.versions.pop()[0]
-        self.token_ids += token_ids
-        self.versions.append((start, len(self.token_ids), version))
-
-    def spans(self, start: int, end: int) -> list[VersionSpan]:
-        """The versions of the tokens at `start` to `end` of the response, counted from `start`."""
-        first, last = start - self.start, end - self.start
-        return [
-            VersionSpan(start=max(begin, first) - first, end=min(stop, last) - first, version=version)
-            for begin, stop, version in self.versions
-            if begin < last and stop > first
-        ]
-
-
 class ResubmitRollback:
     """Rollback through requests to vLLM.
 
     `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests. `version`: that of the weights now.
+    `uids`: numbers that no other request of the engine gets.
     """
 
     def __init__(
@@ -177,24 +128,29 @@ class ResubmitRollback:
         eos_token_ids: tuple[int, ...],
         name: str,
         version: Callable[[], int],
+        uids: Iterator[int],
     ) -> None:
         self._llm = llm
         self._sentinel_ids = sentinel_ids
         self._eos_token_ids = eos_token_ids
         self._name = name
         self._version = version
-        self._uids = itertools.count(1)
+        self._uids = uids
         self._mailboxes: dict[int, _Mailbox] = {}
         self.aborted: list[tuple[int, str]] = []
         self.erasures = 0
         self.lost_steps = 0
         """Engine steps that erasures cost their responses: the forced sentinel's, and those until the next token."""
 
-    def deliver(self, record: JudgementRecord) -> None:
+    def deliver(self, record: Record) -> None:
         mailbox = self._mailboxes.get(record.uid)
-        if mailbox is not None:
+        if mailbox is None:
+            return
+        if isinstance(record, NonFiniteRecord):
+            mailbox.failure = record
+        else:
             mailbox.records.append(record)
-            mailbox.arrived.set()
+        mailbox.arrived.set()
 
     def close(self) -> None:
         """No more records come: what waits for one fails."""
@@ -207,10 +163,11 @@ class ResubmitRollback:
         policy = request.policy
         if policy is None:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
-        progress = _Progress()
-        for attempt in request.resume_from:
-            progress.add(attempt)
-        progress.finished = bool(progress.attempts) and self._is_final(request, progress)
+        erased_limit = policy.erased_token_limit(request.max_tokens)
+        progress = Progress(statistics_kind(request, policy), policy, erased_limit)
+        progress.adjustments = adjustments(request, self._eos_token_ids, self._llm.get_tokenizer())
+        progress.resume(request.resume_from)
+        progress.finished = progress.is_complete(request, self._eos_token_ids)
         while not progress.finished:
             uid = next(self._uids)
             self._mailboxes[uid] = _Mailbox()
@@ -221,7 +178,7 @@ class ResubmitRollback:
                 raise
             finally:
                 del self._mailboxes[uid]
-        stopped = self._has_stopped(request, progress)
+        stopped = progress.has_stopped(request, self._eos_token_ids)
         return Trajectory(
             prompt_id=request.prompt_id,
             group_id=request.group_id,
@@ -232,31 +189,24 @@ class ResubmitRollback:
             erasable=request.erasable,
             finish_reason="stop" if stopped else "length",
             policy=policy,
-            erased_token_limit=policy.erased_token_limit(request.max_tokens),
+            erased_token_limit=erased_limit,
             reused_prefix_tokens=progress.reused_prefix_tokens,
         )
-
-    def _has_stopped(self, request: ResponseRequest, progress: _Progress) -> bool:
-        return not request.ignore_eos and progress.committed[-1] in self._eos_token_ids
-
-    def _is_final(self, request: ResponseRequest, progress: _Progress) -> bool:
-        """Whether the last attempt ended the response: it was generated, only its answer was lost."""
-        accepted = progress.attempts[-1].verdict == "accepted"
-        return accepted and (len(progress.committed) >= request.max_tokens or self._has_stopped(request, progress))
 
     async def _submit(
         self,
         uid: int,
         request: ResponseRequest,
         policy: ErasurePolicy,
-        progress: _Progress,
+        progress: Progress,
         listener: Listener | None,
     ) -> None:
         """One vLLM request: takes every segment it brings into `progress`, up to an erasure or the end."""
-        sampled = _Sampled(start=len(progress.committed))
+        sampled = Sampled(start=len(progress.committed))
         taken = len(progress.attempts)
         mailbox = self._mailboxes[uid]
         output: RequestOutput | None = None
+        ended: JudgementRecord | None = None
         async for output in self._request(uid, request, policy, progress, listener):
             tokens = [t for t in output.outputs[0].token_ids if t not in self._sentinel_ids]
             if listener is not None and tokens:
@@ -267,7 +217,7 @@ class ResubmitRollback:
             sampled.add(tokens, self._version())
             if listener is not None:
                 while mailbox.records and mailbox.records[0].field(Field.END) <= sampled.end:
-                    self._take(mailbox.records.popleft(), sampled, progress, listener)
+                    ended = self._take(mailbox.records.popleft(), sampled, request, progress, listener)
         if output is None or output.outputs[0].finish_reason == "abort":
             raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
         spans = output.outputs[0].weight_versions or []
@@ -276,8 +226,11 @@ class ResubmitRollback:
             attempt = progress.attempts[index]
             versions = sampled.spans(attempt.start, attempt.end)
             progress.attempts[index] = attempt.model_copy(update={"versions": versions})
-        while not progress.finished and (len(progress.attempts) == taken or progress.attempts[-1].verdict != "erased"):
-            self._take(await mailbox.take(uid), sampled, progress, listener)
+        while ended is None:
+            ended = self._take(await mailbox.take(uid), sampled, request, progress, listener)
+        if progress.finished and not ended.final:
+            # The monitor took it for an erasure, and its group would wait for what follows.
+            await self._llm.collective_rpc("e3rl_release", args=([(uid, request.group_id)],))
         if taken:
             progress.reused_prefix_tokens += output.num_cached_tokens or 0
 
@@ -286,7 +239,7 @@ class ResubmitRollback:
         uid: int,
         request: ResponseRequest,
         policy: ErasurePolicy,
-        progress: _Progress,
+        progress: Progress,
         listener: Listener | None,
     ) -> AsyncIterator[RequestOutput]:
         retried = progress.attempt > 0
@@ -298,52 +251,57 @@ class ResubmitRollback:
             group=request.group_id,
             group_size=request.group_size,
             policy=policy_json(policy),
+            kind=progress.kind,
             erasable=request.erasable,
             position=len(progress.committed),
             segment=progress.segment,
             attempt=progress.attempt,
             erased_tokens=progress.erased_tokens,
             limit=request.max_tokens,
-            erased_limit=policy.erased_token_limit(request.max_tokens),
+            erased_limit=progress.erased_limit,
+            best=progress.best,
             temperature=request.temperature,
             engine_temperature=temperature,
             history=(progress.history.uncertainty, progress.history.mean, progress.history.deviation),
-            stop_token_ids=() if request.ignore_eos else self._eos_token_ids,
+            stop_token_ids=request.stop_ids(self._eos_token_ids),
             watched=listener is not None,
+            adjustments=progress.adjustments,
         )
         seed = request.seed
         if seed is not None:
             seed = attempt_seed(seed, progress.segment, progress.attempt)
         wants_tokens = listener is not None and listener.wants_tokens
-        params = SamplingParams(
+        params = submission_params(
+            request,
+            self._sentinel_ids,
             temperature=temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            logprobs=request.top_logprobs if wants_tokens else None,
             seed=seed,
             max_tokens=request.max_tokens - len(progress.committed) + SENTINEL_TOKENS,
-            ignore_eos=True,
-            stop_token_ids=list(self._sentinel_ids),
-            detokenize=False,
-            skip_clone=True,
+            wants_tokens=wants_tokens,
             output_kind=RequestOutputKind.FINAL_ONLY if listener is None else RequestOutputKind.DELTA,
             stream_interval=None if listener is None or wants_tokens else UNWATCHED_TOKENS,
             extra_args=submission.extra_args(),
         )
         # In this form vLLM takes token ids as they are; as a prompt they would go through its pool of threads.
-        prompt = tokens_input(request.prompt_token_ids + progress.committed)
+        prompt = tokens_input(request.prompt_token_ids + progress.committed, cache_salt=request.extras.cache_salt)
         return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if progress.attempts else 0)
 
-    def _take(self, record: JudgementRecord, sampled: _Sampled, progress: _Progress, listener: Listener | None) -> None:
-        """Move `progress` on by one judged segment of what was `sampled`."""
+    def _take(
+        self,
+        record: JudgementRecord,
+        sampled: Sampled,
+        request: ResponseRequest,
+        progress: Progress,
+        listener: Listener | None,
+    ) -> JudgementRecord | None:
+        """Move `progress` on by one judged segment of what was `sampled`; the record, if it ends the submission."""
         first, end = int(record.field(Field.START)), int(record.field(Field.END))
         token_ids = sampled.token_ids[first - sampled.start : end - sampled.start]
         if len(token_ids) != end - first:
             raise RecordLost(f"a judgement of tokens {first} to {end}, but only {sampled.end} were sampled")
         attempt = _attempt(record, token_ids, sampled.spans(first, end))
-        progress.add(attempt)
-        progress.finished = record.final
+        kept = progress.add(attempt)
+        progress.finished = record.final or (kept is not None and progress.is_complete(request, self._eos_token_ids))
         if progress.erased_at is not None:
             self.erasures += 1
             self.lost_steps += record.opened - progress.erased_at
@@ -351,7 +309,11 @@ class ResubmitRollback:
         if record.erased:
             progress.erased_at = record.step
         if listener is not None:
-            listener.judged(attempt, record.final)
+            if kept is None or kept.attempt == attempt.attempt:
+                listener.judged(kept or attempt, progress.finished)
+            else:
+                listener.restored(attempt, kept, progress.finished)
+        return record if record.erased or record.final else None
 
 
 def top_logprobs(output: RequestOutput, tokens: int) -> TopLogprobs | None:
@@ -368,6 +330,9 @@ def _finite(value: float) -> float | None:
 
 def _attempt(record: JudgementRecord, token_ids: list[int], versions: list[VersionSpan]) -> Attempt:
     per_token: Any = record.per_token
+    if not np.isfinite(per_token).all() or not math.isfinite(record.field(Field.UNCERTAINTY)):
+        # The logits were finite, but so far apart that their difference is not.
+        raise NonFiniteLogits(versions[-1].version)
     logprobs, behaviour_logprobs, signal = per_token.T.tolist()
     get = record.field
     return Attempt(

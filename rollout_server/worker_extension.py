@@ -1,6 +1,9 @@
 """What vLLM's workers can do beyond vLLM: called by the engine through `collective_rpc`. Run with vllm 0.32."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rollout_server.vllm_v1 import SegmentMonitorProcessor
 from rollout_server.weight_transfer import HostWeightTransfer
@@ -32,10 +35,26 @@ class WorkerExtension:
         """Take over the statistics of a checkpoint."""
         self._e3rl_processor().restore_priors(priors)
 
-    def e3rl_weight_checksum(self) -> str | None:
-        """Checksum of the weights that were loaded last; None before the first sync and after a failed one."""
+    def e3rl_weights_loaded(self, version: int) -> str | None:
+        """The weights that were loaded last are `version`. Returns their checksum; None after a failed update."""
         engine: HostWeightTransfer = self.weight_transfer_engine
+        self._e3rl_processor().version = version
         return engine.checksum
+
+    def e3rl_non_finite(self, uid: int) -> int | None:
+        """See `SegmentMonitorProcessor.non_finite`."""
+        return self._e3rl_processor().non_finite(uid)
+
+    def e3rl_clear_new_blocks(self) -> None:
+        """Get ready to clear the KV blocks that `rollout_server.scheduling` names.
+
+        On CPU vLLM's own runner clears those of layers with full attention only.
+        """
+        runner = self.model_runner
+        if runner.device.type == "cpu":
+            runner._zero_block_ids = partial(_clear, list(runner.kv_caches))
+        elif not hasattr(runner, "_kv_block_zeroer"):
+            runner._init_kv_zero_meta()
 
     def e3rl_abandon_weight_update(self) -> None:
         """Close an update that was not finished, if there is one, so that the next one can start."""
@@ -50,3 +69,10 @@ class WorkerExtension:
             if isinstance(processor, SegmentMonitorProcessor):
                 return processor
         raise RuntimeError("this engine runs without the segment monitor")
+
+
+def _clear(caches: list[torch.Tensor], blocks: list[int]) -> None:
+    """Zero blocks in the KV memory of every layer, `[blocks, ...]` each."""
+    index = torch.tensor(blocks)
+    for cache in caches:
+        cache.index_fill_(0, index, 0)

@@ -38,6 +38,14 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.fixture(scope="session")
+def everyday_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with a real chat model's tokenizer, special tokens and template (`tests.models`)."""
+    from tests.models import everyday_llama
+
+    return everyday_llama(tmp_path_factory.mktemp("everyday") / "everyday")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks everything in tests/gpu, or marked `gpu`, as skipped where CUDA is missing."""
     of_gpu = [item for item in items if item.get_closest_marker("gpu") or GPU_TESTS in item.path.parents]

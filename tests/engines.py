@@ -91,6 +91,9 @@ class SilentListener:
     def judged(self, attempt: Attempt, final: bool) -> None:
         return
 
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        return
+
 
 class ReferenceModel:
     """A transformers forward pass in float32: the next-token logits after any tokens."""

@@ -1,14 +1,14 @@
 """A replica without a model: it says what it is told to, so that the HTTP layer can be tested by itself."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
 import torch
 
 from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
-from common.weights import WeightUpdate
+from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.http.admin import WeightLoader, admin_app
 from rollout_server.http.app import public_app
 from rollout_server.http.replicas import EngineFacts, ReplicaLost, ReplicaSet
@@ -28,8 +28,20 @@ ERASING: list[tuple[Verdict, str]] = [
     ("accepted", "."),
 ]
 """A script in which the second segment is erased twice; characters of one to four bytes."""
-Script = Callable[[ResponseRequest], list[tuple[Verdict, str]]]
-"""What a response is: attempts in order, each `("erased" | "accepted", text)`."""
+EXHAUSTED: list[tuple[str, str]] = [
+    ("erased", "Ünd "),
+    ("gives way to 0", "€wro"),
+    ("accepted", "ri"),
+    ("erased", "ng😀"),
+    ("erased", "ght€"),
+    ("gives way to 1", "x"),
+    ("accepted", "."),
+    ("erased", "!"),
+    ("gives way to 0", "?!"),
+]
+"""A script in which erasures are spent three times, at the end too, and an earlier attempt is kept."""
+Script = Callable[[ResponseRequest], Sequence[tuple[str, str]]]
+"""What a response is: attempts in order, each `("erased" | "accepted" | "gives way to NUMBER", text)`."""
 
 
 UNCERTAINTY = 1.5
@@ -41,16 +53,20 @@ class StubReplica:
 
     A response waits for `gate`, if there is one, before attempt number `said_before_gate` of its script. `failures`
     are raised, one a call, before anything is said, and `pause_failures` by `pause`. It dies after what `dies_after`
-    says, one a call: the number of tokens and judgements that come first.
+    says, one a call: the number of tokens and judgements that come first. `breaks_after`: so many attempts come before
+    logits of version 3 that are not finite, in every call.
     """
 
     def __init__(self, script: Script, gate: asyncio.Event | None = None, said_before_gate: int = 0) -> None:
         self.script = script
         self.gate = gate
         self.said_before_gate = said_before_gate
+        self.ends = True
+        """Whether a response ends with the end-of-sequence token, unless that is ignored."""
         self.failures: list[Exception] = []
         self.pause_failures: list[Exception] = []
         self.dies_after: list[int] = []
+        self.breaks_after: int | None = None
         self.requests: list[ResponseRequest] = []
         self.under_way = 0
         self.calls: list[str] = []
@@ -59,7 +75,7 @@ class StubReplica:
 
     async def start(self) -> EngineFacts:
         self.calls.append("start")
-        return EngineFacts(0, 1024, (EOS,), 320, {})
+        return EngineFacts(0, 1024, (EOS,), 320, {}, sentinel_ids=(318, 319))
 
     async def generate(self, request: ResponseRequest, listener: Any) -> Trajectory:
         self.requests.append(request)
@@ -87,12 +103,15 @@ class StubReplica:
                 what(*arguments)
                 await asyncio.sleep(0)
 
-        for place, (verdict, text) in enumerate(script):
+        for place, (told, text) in enumerate(script):
+            if place == self.breaks_after:
+                raise NonFiniteLogits(3)
             if self.gate is not None and place >= self.said_before_gate:
                 await self.gate.wait()
             await asyncio.sleep(0)
             token_ids = self.tokenizer(text)["input_ids"] if text else []
-            if place == len(script) - 1 and not request.ignore_eos:
+            verdict, gives_way_to = _verdict(told)
+            if place == _last_kept(script) and self.ends and not request.ignore_eos:
                 token_ids.append(EOS)
             attempt = attempt_of(
                 token_ids,
@@ -106,8 +125,13 @@ class StubReplica:
                 uncertainty=None if request.policy is None else UNCERTAINTY,
             )
             attempts.append(attempt)
+            kept = None
+            if gives_way_to is not None:
+                kept = attempts[place - number + gives_way_to].model_copy(update={"verdict": "accepted"})
+                attempts[place - number + gives_way_to] = kept
             if place < len(request.resume_from):
-                assert attempt == request.resume_from[place]
+                if verdict == "accepted" or kept is not None:
+                    assert attempts == request.resume_from[: place + 1]
             else:
                 if listener is not None and place and (number or place == len(request.resume_from)):
                     listener.resumed(position)
@@ -116,14 +140,16 @@ class StubReplica:
                 for token_id in token_ids:
                     top = None if request.top_logprobs is None else [{token_id: -1.0, 65: -0.5}]
                     await happens(listener.sampled if wants_tokens else _ignored, [token_id], top)
-                if request.policy is not None:
-                    await happens(
-                        listener.judged if listener is not None else _ignored, attempt, place == len(script) - 1
-                    )
-            if verdict == "erased":
+                final = place == len(script) - 1
+                if kept is not None:
+                    await happens(listener.restored if listener is not None else _ignored, attempt, kept, final)
+                elif request.policy is not None:
+                    await happens(listener.judged if listener is not None else _ignored, attempt, final)
+            stays = kept or attempt
+            if stays.verdict == "erased":
                 number += 1
             else:
-                position, segment, number = attempt.end, segment + 1, 0
+                position, segment, number = stays.end, segment + 1, 0
         if left == 0:
             raise ReplicaLost("killed")
         return Trajectory(
@@ -139,6 +165,14 @@ class StubReplica:
             reused_prefix_tokens=reused,
         )
 
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> list[Any]:
+        """Each token has the log-prob of its place, and rank 1 or, if others are asked for too, one after them."""
+        self.calls.append(f"score {len(prompt_token_ids)}")
+        scores: list[Any] = [None]
+        for place, token in enumerate(prompt_token_ids[1:], 1):
+            scores.append({token: (-float(place), top + 1), **{other: (-0.5, other + 1) for other in range(top)}})
+        return scores
+
     async def probe(self) -> None:
         self.calls.append("probe")
 
@@ -146,6 +180,10 @@ class StubReplica:
         self.calls.append(f"sync {update.version}")
         self.checksum = update.checksum
         return update.checksum
+
+    async def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return self.under_way == 0
 
     async def pause(self, mode: str) -> None:
         self.calls.append(f"pause {mode}")
@@ -157,6 +195,22 @@ class StubReplica:
 
     async def close(self) -> None:
         self.calls.append("close")
+
+
+def _verdict(told: str) -> tuple[Verdict, int | None]:
+    """The verdict over an attempt, and which one is kept in its place."""
+    if told.startswith("gives way to "):
+        return "erased", int(told.removeprefix("gives way to "))
+    return ("erased" if told == "erased" else "accepted"), None
+
+
+def _last_kept(script: Sequence[tuple[str, str]]) -> int:
+    """Place in the script of the attempt that ends the response."""
+    kept = _verdict(script[-1][0])[1]
+    if kept is None:
+        return len(script) - 1
+    first = max((n + 1 for n, (told, _) in enumerate(script[:-1]) if told != "erased"), default=0)
+    return first + kept
 
 
 def _ignored(*_: Any) -> None:

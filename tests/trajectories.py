@@ -93,10 +93,14 @@ def random_trajectory(
     temperature: float = 1.0,
     judged: bool = True,
 ) -> Trajectory:
-    """A response of segments of 2 to 7 tokens, about half of them erased once before they were accepted."""
+    """A response of segments of 2 to 7 tokens, about half of them generated twice.
+
+    Of two attempts the second is accepted; in every third segment the first is, as where the best one is kept.
+    """
     attempts, start = [], 0
     for segment in range(segments):
         erased = int(rng.random() < 0.5)
+        accepted = 0 if segment % 3 == 2 else erased
         for number in range(erased + 1):
             length = int(rng.integers(2, 8))
             attempts.append(
@@ -106,12 +110,12 @@ def random_trajectory(
                     start,
                     length,
                     number=number,
-                    verdict="erased" if number < erased else "accepted",
+                    verdict="accepted" if number == accepted else "erased",
                     temperature=temperature,
                     uncertainty=float(rng.uniform(0.1, 3.0)) if judged else None,
                 )
             )
-        start = attempts[-1].end
+        start = attempts[accepted - erased - 1].end
     return trajectory(attempts, reward=reward, sample=sample, prompt_id=prompt_id)
 
 
@@ -141,15 +145,17 @@ def recorded_near(policy: Any, groups: Sequence[Group], *, noise: float = 0.2, s
     generator = torch.Generator().manual_seed(seed)
 
     def recorded(response: Trajectory) -> Trajectory:
-        attempts, kept = [], list(response.prompt_token_ids)
+        attempts = []
         for one in response.attempts:
+            # Not from the response's own properties, which are cached, and would go into its copy.
+            earlier = [a for a in response.attempts if a.verdict == "accepted" and a.segment < one.segment]
+            kept = list(response.prompt_token_ids) + [token for a in earlier for token in a.token_ids]
             with torch.no_grad():
                 logits = policy(input_ids=torch.tensor([kept + one.token_ids])).logits[0]
             rows = (logits[len(kept) - 1 : -1] / one.temperature).log_softmax(-1)
             logprobs = rows.gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
             noisy = logprobs + noise * torch.randn(logprobs.shape, generator=generator)
             attempts.append(one.model_copy(update={"behaviour_logprobs": noisy.tolist()}))
-            kept += one.token_ids if one.verdict == "accepted" else []
         return response.model_copy(update={"attempts": attempts}, deep=True)
 
     return [group.model_copy(update={"trajectories": [recorded(t) for t in group.trajectories]}) for group in groups]

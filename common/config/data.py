@@ -75,14 +75,16 @@ class _WorkerReward(StrictModel):
     """Rewards that are computed in worker processes, each of which is killed when a call's time is up.
 
     A reward that raises, is no finite number or ends its process has failed. `on_error`: `zero` gives its response 0,
-    counts it, and ends the run once more than `max_error_share` of a step's (or an evaluation's) rewards failed;
-    `fail` ends the run at the first. `workers` null: one a core, 8 at most.
+    counts it, and ends the run once more than `max_error_share` of a step's (or an evaluation's) rewards failed, a part
+    of one counted as one; `fail` ends the run at the first. `workers` null: one a core, 8 at most. `start_seconds`:
+    the deadline for a worker to load the reward.
     """
 
     timeout_seconds: float = Field(gt=0.0, le=3600.0)
     workers: int | None = Field(default=None, ge=1, le=1024)
     on_error: Literal["zero", "fail"] = "zero"
     max_error_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    start_seconds: float = Field(default=120.0, gt=0.0, le=3600.0)
 
 
 class MathReward(_WorkerReward):

@@ -1,10 +1,23 @@
 """What decides whether a segment is erased: the settings of `algorithm.md`, sections 1 to 5."""
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from common.config.base import StrictModel, Temperature
+
+SHORTEST_DELIMITED = 4
+"""Tokens that a segment which ends at a delimiter has at least, unless a setting says otherwise."""
+
+
+def with_default_min_length(settings: Any) -> Any:
+    """A delimiter segmentation's settings: the default of `min_length` gives way to a smaller `max_length`."""
+    if isinstance(settings, dict) and "min_length" not in settings:
+        longest = settings.get("max_length")
+        if isinstance(longest, int) and 1 <= longest < SHORTEST_DELIMITED:
+            return {**settings, "min_length": longest}
+    return settings
 
 
 class FixedSegmentation(StrictModel):
@@ -25,13 +38,19 @@ class FixedSegmentation(StrictModel):
 class DelimiterSegmentation(StrictModel):
     """A segment ends with the first token whose text contains `delimiter`. Source: ours.
 
-    It does not end before `min_length` tokens, and at `max_length` tokens at the latest.
+    It does not end before `min_length` tokens, and at `max_length` tokens at the latest. By default a blank line, which
+    is often one token, is no segment of its own: there is nothing in it to be uncertain of.
     """
 
     mode: Literal["delimiter"] = "delimiter"
     delimiter: str = Field(default="\n", min_length=1, max_length=64)
-    min_length: int = Field(default=1, ge=1, le=1_048_576)
+    min_length: int = Field(default=SHORTEST_DELIMITED, ge=1, le=1_048_576)
     max_length: int = Field(default=512, ge=1, le=1_048_576)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_is_within_max_length(cls, data: Any) -> Any:
+        return with_default_min_length(data)
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "DelimiterSegmentation":
@@ -42,6 +61,9 @@ class DelimiterSegmentation(StrictModel):
 
 Segmentation = Annotated[FixedSegmentation | DelimiterSegmentation, Field(discriminator="mode")]
 
+
+MIN_UNCERTAINTY = 0.02
+"""Default floor on U, in nats: where every response is sure, the least unsure one is no error."""
 
 LARGEST_EXPONENT = 700.0
 """exp of more than 709 overflows float64."""
@@ -65,13 +87,26 @@ class ErasurePolicy(StrictModel):
     """When a segment is erased. Section numbers refer to `algorithm.md`.
 
     `threshold`: a number in place of the adaptive threshold; 0 erases every segment until `max_erasures`.
-    `observe`: which attempts count in the group's statistics.
+    `min_uncertainty`: if it is left out where a `threshold` is given, it is 0: that number says it all.
+    `on_exhaustion`: which attempt stays when a segment is over the threshold and may not be erased again: the last, or
+    the least uncertain one. `observe`: which attempts count in the group's statistics. `statistics`: whether these are
+    of a segment's index, or of all segments of the group: in free text the same index means something else in each
+    response.
     """
 
     segmentation: Segmentation = FixedSegmentation()
     signal: Literal["entropy", "cross_entropy"] = "cross_entropy"
-    window: int = Field(default=32, ge=1, le=4096, description="Trailing moving average, in tokens (section 3).")
+    window: int = Field(
+        default=1, ge=1, le=4096, description="Trailing moving average, in tokens (section 3); 1: the plain mean."
+    )
     weights: SignalWeights = SignalWeights()
+    min_uncertainty: float = Field(
+        default=MIN_UNCERTAINTY,
+        ge=0.0,
+        le=1e6,
+        description="Nothing is erased whose uncertainty is below this, in nats.",
+    )
+    statistics: Literal["index", "group"] = "index"
     kappa: float = Field(default=1.0, ge=-10.0, le=10.0, description="Standard deviations above the group's mean.")
     gamma: float = Field(default=0.1, ge=0.0, le=10.0, description="Frequency penalty: exp(gamma * erasures).")
     eta: float = Field(default=0.1, ge=0.0, le=0.99, description="Strength of the history modulation.")
@@ -79,6 +114,7 @@ class ErasurePolicy(StrictModel):
     regeneration_budget: float = Field(
         default=1.0, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
     )
+    on_exhaustion: Literal["last", "best"] = "last"
     retry_temperature: Temperature | None = Field(
         default=None, gt=0.0, description="Temperature of regenerated segments; null: the request's."
     )
@@ -89,6 +125,13 @@ class ErasurePolicy(StrictModel):
     prior_decay: float = Field(default=0.9, ge=0.0, lt=1.0, description="How much of the prior a new group keeps.")
     observe: Literal["first", "all"] = "first"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_threshold_needs_no_floor(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("threshold") is not None and "min_uncertainty" not in data:
+            return {**data, "min_uncertainty": 0.0}
+        return data
+
     @model_validator(mode="after")
     def _penalty_is_finite(self) -> "ErasurePolicy":
         if self.gamma * self.max_erasures > LARGEST_EXPONENT:
@@ -97,6 +140,10 @@ class ErasurePolicy(StrictModel):
                 "penalty exp(gamma x erasures) would overflow"
             )
         return self
+
+    def can_erase(self, max_response_tokens: int) -> bool:
+        """Whether there are responses, of at most so many tokens, of which this policy erases something."""
+        return self.max_erasures > 0 and self.threshold != math.inf and self.erased_token_limit(max_response_tokens) > 0
 
     def erased_token_limit(self, max_response_tokens: int) -> int:
         """Tokens that one response may have erased in all, given its token limit."""

@@ -15,9 +15,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollout": {
             "group_share": {"mode": "fixed", "share": 1.0},
             "treatment": {"kind": "erasure"},
-            "erasure": {"segmentation": {"mode": "fixed", "length": 512}, "kappa": 1.0, "max_erasures": 5},
+            "erasure": {
+                "segmentation": {"mode": "fixed", "length": 512},
+                "window": 32,
+                "weights": {"base": 1.0, "extreme": 1.0, "gradient": 1.0},
+                "min_uncertainty": 0.0,
+                "kappa": 1.0,
+                "gamma": 0.1,
+                "eta": 0.1,
+                "max_erasures": 5,
+            },
         },
         "learner": {"advantage": {"credit": {"kind": "uncertainty"}, "normalise": "segment"}},
+    },
+    # What found and mended wrong steps best on a pretrained model: see docs/erasure.md.
+    "pretrained": {
+        "rollout": {
+            "erasure": {
+                "segmentation": {"mode": "delimiter", "delimiter": "\n", "min_length": 16, "max_length": 128},
+                "window": 1,
+                "weights": {"base": 1.0, "extreme": 0.0, "gradient": 0.0},
+                "min_uncertainty": 0.02,
+                "kappa": 0.0,
+                "gamma": 0.05,
+                "retry_temperature": 0.5,
+            },
+        },
     },
     "grpo": {
         "rollout": {"group_share": {"mode": "fixed", "share": 0.0}},
@@ -29,7 +52,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learner": {"advantage": {"erased_weight": 0.0}},
     },
 }
-"""What each preset sets; `e3rl` is the defaults, `paper` what the paper describes, the others are baselines."""
+"""What each preset sets. `e3rl` is the defaults, `pretrained` erasure for a real model's text, the last two baselines.
+
+`paper` is what is known of the paper: all responses erasable, segments of 512 tokens, all three parts of U, a moving
+average, a penalty that grows; the values of window, weights and the like are ours. Its credit is not the paper's: that
+is by attention, which the learner does not have, so `uncertainty` stands in its place.
+"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -148,6 +176,11 @@ def variant(config: RunConfig, preset: str, name: str) -> RunConfig:
     """`config` as the baseline `preset` would run it: the preset's settings win over the configuration's."""
     settings = merge(config.model_dump(mode="json"), PRESETS[preset])
     return build_config(merge(settings, {"preset": preset, "name": name}))
+
+
+def renamed(config: RunConfig, name: str) -> RunConfig:
+    """The same configuration for a run of another name."""
+    return build_config(config.model_dump(mode="json") | {"name": name})
 
 
 def dump_yaml(config: RunConfig) -> str:

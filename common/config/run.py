@@ -24,8 +24,9 @@ SENTINEL_STEPS = 1
 class ModelConfig(StrictModel):
     """The policy. `path`: a Hugging Face directory or hub name.
 
-    `warm_start`: make the demo's model at `path` first, if it is not there. `sentinel_ids`: two reserved token ids
-    that the tokenizer never produces; null finds them in the embedding rows above the tokenizer's length.
+    `warm_start`: make the demo's model at `path` first, if it is not there. `sentinel_ids`: two token ids that
+    responses never hold; null finds them (`common.sentinels`): embedding rows that no token has, else special tokens
+    that nothing uses.
     """
 
     path: str
@@ -49,7 +50,11 @@ class EngineConfig(StrictModel):
     enforce_eager: bool = True
     num_gpu_blocks_override: int | None = Field(default=None, ge=2)
     start_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for a replica to start.")
-    response_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for one response.")
+    response_seconds: float = Field(
+        default=600.0,
+        gt=0.0,
+        description="Deadline for one response, from when the engine takes it: waiting for a place does not count.",
+    )
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
 
 
@@ -168,7 +173,7 @@ class RunConfig(StrictModel):
     """A whole training run. `preset` changes defaults only; what the file or `--set` says wins over it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)
-    preset: Literal["e3rl", "paper", "grpo", "temperature_control"] = "e3rl"
+    preset: Literal["e3rl", "paper", "pretrained", "grpo", "temperature_control"] = "e3rl"
     runs_directory: str = "runs"
     seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(ge=1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,16 @@ class RewardItem:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
+Failure = Literal["timeout", "error", "unusable_answer"]
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One response's reward. It is 0 if there was none: it `timed_out`, or failed with an `error` and a `traceback`."""
+    """One response's reward, and why it is 0 if there was none; of an error also the `traceback`."""
 
     value: float
-    timed_out: bool = False
-    error: str | None = None
+    failure: Failure | None = None
+    message: str = ""
     traceback: str = ""
 
 
@@ -37,25 +40,28 @@ class Tally:
     """What became of the rewards so far of the `responses` of a step or an evaluation."""
 
     responses: int
-    scored: int = 0
     timeouts: int = 0
     errors: int = 0
-    last_failure: Score | None = None
+    unusable_answers: int = 0
+    last_error: Score | None = None
 
     def count(self, score: Score) -> None:
         """Take in one more reward."""
-        self.scored += 1
-        self.timeouts += score.timed_out
-        if score.error is not None:
+        self.timeouts += score.failure == "timeout"
+        self.unusable_answers += score.failure == "unusable_answer"
+        if score.failure == "error":
             self.errors += 1
-            self.last_failure = score
+            self.last_error = score
 
 
 class Rewards(Protocol):
     """Scores responses without blocking the event loop; every call has a time limit."""
 
-    async def start(self) -> None:
-        """Make ready. Raises InputError if the reward can't be used, before anything else of a run starts."""
+    async def start(self) -> frozenset[str] | None:
+        """Make ready; returns the data set's columns that the reward reads, None for all of them.
+
+        Raises InputError if the reward can't be used, before anything else of a run starts.
+        """
         ...
 
     async def score(self, item: RewardItem) -> Score:
@@ -63,7 +69,7 @@ class Rewards(Protocol):
         ...
 
     def judge(self, tally: Tally) -> None:
-        """Raise RewardError, with one failure's traceback, if so many rewards failed that a run should end."""
+        """Raise RewardError, which names one failure, if so many rewards failed that a run should end."""
         ...
 
     async def close(self) -> None:

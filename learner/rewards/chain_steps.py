@@ -11,8 +11,8 @@ from learner.tasks import chain
 class ChainRewards:
     """See `common.config.data.ChainReward`."""
 
-    async def start(self) -> None:
-        pass
+    async def start(self) -> frozenset[str]:
+        return frozenset()
 
     async def score(self, item: RewardItem) -> Score:
         try:

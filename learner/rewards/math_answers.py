@@ -2,11 +2,12 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from learner.data import Row
 from learner.errors import InputError
 from learner.rewards.base import RewardItem, UnusableAnswerError
+from learner.rewards.worker_process import Loaded
 
 _MARKUP = re.compile(r"\\boxed|[\s${}]")
 
@@ -21,7 +22,7 @@ def check_answers(rows: Iterable[Row]) -> None:
         )
 
 
-def load_math() -> Callable[[RewardItem], float]:
+def load_math() -> Loaded:
     """A function that compares a response's final answer with the reference by `math-verify`."""
     try:
         import math_verify
@@ -45,7 +46,7 @@ def load_math() -> Callable[[RewardItem], float]:
 
     # The first comparison loads sympy's grammar, which can take seconds: no response's time limit should pay for that.
     score(RewardItem("", "", r"\boxed{\frac{1}{2}}", "0.5"))
-    return score
+    return Loaded(score)
 
 
 def _as_latex(answer: str) -> str:

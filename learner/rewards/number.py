@@ -5,9 +5,10 @@ import numbers
 from decimal import Decimal
 from typing import Any
 
+from learner.rewards.descriptions import kind, shown
+
 LARGEST = 1e15
 """A group's mean and deviation are computed in float32, in which the square of a larger reward may be infinite."""
-SHOWN_CHARACTERS = 80
 
 
 class NoNumberError(ValueError):
@@ -19,40 +20,20 @@ def as_reward(value: Any) -> float:
     shape = getattr(value, "shape", None)
     if shape is not None and not isinstance(value, type):
         if tuple(shape) != ():
-            raise NoNumberError(f"returned {_kind(value)} of shape {tuple(shape)}, which is not one number")
+            raise NoNumberError(
+                f"returned a value of kind {kind(value)} and shape {tuple(shape)}, which is not one number"
+            )
         value = value.item()
     if value is None:
         raise NoNumberError("returned None, which is not a number: does it `return` on every way through?")
     if not isinstance(value, numbers.Real | Decimal):
-        raise NoNumberError(f"returned {shown(value)} ({_kind(value)}), which is not a number")
+        raise NoNumberError(f"returned {shown(value)} ({kind(value)}), which is not a number")
     try:
         number = float(value)
     except OverflowError:
-        raise NoNumberError(f"returned a number of kind {_kind(value)} that is too large") from None
+        raise NoNumberError(f"returned a number of kind {kind(value)} that is too large") from None
     if not math.isfinite(number):
         raise NoNumberError(f"returned {number}, which is not a finite number")
     if abs(number) > LARGEST:
         raise NoNumberError(f"returned {number:g}, which is beyond {LARGEST:g}")
     return number
-
-
-def shown(value: Any) -> str:
-    """The beginning of a value's `repr`, whatever that does."""
-    try:
-        text = repr(value)
-    except BaseException as error:
-        return f"a {_kind(value)} whose repr raises {_kind(error)}"
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
-
-
-def described(error: BaseException) -> str:
-    """An exception's kind and message, whatever its `__str__` does."""
-    try:
-        message = str(error)
-    except BaseException as second:
-        message = f"(its message raises {_kind(second)})"
-    return f"{_kind(error)}: {message[:1000]}".removesuffix(": ")
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__

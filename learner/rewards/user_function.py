@@ -10,16 +10,18 @@ from typing import Any
 
 from learner.errors import InputError
 from learner.rewards.base import RewardItem
-from learner.rewards.number import described
+from learner.rewards.descriptions import described
+from learner.rewards.worker_process import Loaded
 
 IN_ORDER = ("prompt", "response", "answer")
 OFFERED = (*IN_ORDER, "prompt_id", "sample", "finish_reason", "token_ids", "row")
 """What a function may ask for by name, besides the columns of the data set. These win over columns of their name."""
 
 Parameter = inspect.Parameter
+_BY_PLACE = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def load_function(name: str, columns: Collection[str]) -> Callable[[RewardItem], Any]:
+def load_function(name: str, columns: Collection[str]) -> Loaded:
     """The user's `module:function` as one that takes a `RewardItem`.
 
     Modules in the working directory are found, as with `python -m`. Raises InputError that says what is missing, or
@@ -30,9 +32,10 @@ def load_function(name: str, columns: Collection[str]) -> Callable[[RewardItem],
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         # Some callables of C libraries have no signature.
-        return lambda item: _awaited(function(item.prompt, item.response, item.answer))
+        return Loaded(lambda item: _awaited(function(item.prompt, item.response, item.answer)))
     in_order = _takes_three_in_order(parameters, columns)
-    named = _names(name, parameters[len(IN_ORDER) :] if in_order else parameters, columns)
+    by_place = [p for p in parameters if p.kind in _BY_PLACE][: len(IN_ORDER)] if in_order else []
+    named = _names(name, [p for p in parameters if p not in by_place], columns)
     takes_rest = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
 
     def call(item: RewardItem) -> Any:
@@ -40,10 +43,11 @@ def load_function(name: str, columns: Collection[str]) -> Callable[[RewardItem],
         first = [offered.pop(key) for key in IN_ORDER] if in_order else []
         # A column that a row of JSON lines lacks leaves a parameter at its default, or None.
         given = {key: offered.pop(key, None) for key, optional in named.items() if key in offered or not optional}
-        rest = {key: value for key, value in offered.items() if isinstance(key, str)} if takes_rest else {}
+        rest = offered if takes_rest else {}
         return _awaited(function(*first, **given, **rest))
 
-    return call
+    reads_all = takes_rest or "row" in named
+    return Loaded(call, None if reads_all else frozenset(named) & frozenset(columns))
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -68,8 +72,11 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _takes_three_in_order(parameters: list[Parameter], columns: Collection[str]) -> bool:
-    """Whether prompt, response and answer come in this order, because the first three names mean nothing here."""
-    by_place = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    """Whether prompt, response and answer come in this order, because some of the first three names mean nothing here.
+
+    Not if one of them means something else than its place: that is a function by name with a misspelt parameter.
+    """
+    by_place = [p for p in parameters if p.kind in _BY_PLACE]
     if any(p.kind is Parameter.VAR_POSITIONAL for p in parameters) and len(by_place) < len(IN_ORDER):
         return True
     first = by_place[: len(IN_ORDER)]
@@ -77,7 +84,8 @@ def _takes_three_in_order(parameters: list[Parameter], columns: Collection[str])
         p.kind is not Parameter.POSITIONAL_ONLY and (p.name in OFFERED or p.name in columns or p.default is not p.empty)
         for p in first
     )
-    return len(first) == len(IN_ORDER) and not known
+    misplaced = any(p.name in OFFERED and p.name != place for p, place in zip(first, IN_ORDER, strict=False))
+    return len(first) == len(IN_ORDER) and not known and not misplaced
 
 
 def _names(name: str, parameters: list[Parameter], columns: Collection[str]) -> dict[str, bool]:

@@ -21,33 +21,44 @@ from typing import Any
 
 import psutil
 
-from learner.rewards.base import RewardItem, UnusableAnswerError
-from learner.rewards.number import NoNumberError, as_reward, described
+from learner.errors import InputError
+from learner.rewards.base import Failure, RewardItem, UnusableAnswerError
+from learner.rewards.descriptions import described, printable
+from learner.rewards.number import NoNumberError, as_reward
 
 RewardFunction = Callable[[RewardItem], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A reward function, and the columns of the data set that it reads: None for all."""
+
+    function: RewardFunction
+    columns: frozenset[str] | None = frozenset()
+
+
+Load = Callable[[], Loaded]
 
 KILL_SECONDS = 5.0
 TRACEBACK_CHARACTERS = 4000
 TAIL_BYTES = 2000
 """How much of the last output the message of a worker's death holds."""
+LAST_OUTPUT_SECONDS = 0.2
 LOGGED_BYTES = 32_000
 """How much of its output a worker sends to the log. Fits into the connection, so that sending it never waits."""
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a call: a value, or an error's one line and its traceback, or neither when time was up.
-
-    `warning`: why the value is 0, if it is not the response's fault.
-    """
+    """What became of a call or of loading: a value, or a failure's one line and an error's traceback."""
 
     value: float = 0.0
-    warning: str = ""
-    error: str | None = None
+    failure: Failure | None = None
+    message: str = ""
     traceback: str = ""
-    timed_out: bool = False
+    columns: frozenset[str] | None = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +76,11 @@ class Death:
     output: str
 
 
-def supervise(work: Connection, control: Connection, load: Callable[[], RewardFunction]) -> None:
-    """Fork the worker, which answers at `work`, and stay until it or the driver is gone. The last of it is a `Death`."""
+def supervise(work: Connection, control: Connection, load: Load) -> None:
+    """Fork the worker, which answers at `work`, and stay until it or the driver is gone. Sends a `Death` at the end."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _set(_PR_SET_CHILD_SUBREAPER, 1)
     output, their_output = os.pipe()
     worker = os.fork()
     if worker == 0:
@@ -94,11 +105,14 @@ def _watch(worker: int, control: Connection, output: int) -> Death | None:
     threading.Thread(target=_reap, args=(worker, reasons, their_ended), daemon=True).start()
     watched: list[Any] = [control, ended, output]
     tail, logged = b"", 0
+    end: float | None = None
     while True:
+        # What a dead worker wrote last is still read, but a process that it left behind may write for ever.
+        end = end or (time.monotonic() + LAST_OUTPUT_SECONDS if reasons else None)
         ready = wait(watched)
         if control in ready:
             return None
-        if output in ready:
+        if output in ready and (end is None or time.monotonic() < end):
             written = os.read(output, 65536)
             tail = (tail + written)[-TAIL_BYTES:]
             if not written:
@@ -126,8 +140,23 @@ def _reap(worker: int, reasons: list[str], ended: int) -> None:
             return
         if process == worker:
             code = os.waitstatus_to_exitcode(status)
-            reasons.append(f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}")
+            reasons.append(_signal_name(-code) if code < 0 else f"exit status {code}")
             os.write(ended, b"x")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {signal.Signals(number).name}"
+    except ValueError:
+        # Real-time signals have no names.
+        return f"signal {number}"
+
+
+def _set(option: int, value: int) -> None:
+    """Linux's `prctl`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl fails")
 
 
 def _kill_all(worker: int) -> None:
@@ -152,10 +181,12 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _run_worker(work: Connection, output: int, load: Callable[[], RewardFunction]) -> None:
+def _run_worker(work: Connection, output: int, load: Load) -> None:
     """The worker's process: load the function, then answer one item at a time. Does not return."""
     try:
         os.setsid()
+        # Only if the supervisor itself is killed, by the kernel when memory is short for example.
+        _set(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # A terminal's Ctrl-C does not come here; the driver decides when workers end.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -175,20 +206,23 @@ def _run_worker(work: Connection, output: int, load: Callable[[], RewardFunction
     os._exit(0)
 
 
-def _answer(work: Connection, load: Callable[[], RewardFunction]) -> None:
+def _answer(work: Connection, load: Load) -> None:
     own = os.getpid()
     try:
-        function = load()
-    except BaseException as error:
-        work.send(Outcome(error=described(error), traceback=_traceback()))
+        loaded = load()
+    except InputError as error:
+        work.send(Outcome(failure="error", message=printable(str(error))))
         return
-    work.send(Outcome())
+    except BaseException as error:
+        work.send(Outcome(failure="error", message=described(error), traceback=_traceback()))
+        return
+    work.send(Outcome(columns=loaded.columns))
     while True:
         try:
             item = work.recv()
         except EOFError:
             return
-        outcome = call(function, item)
+        outcome = call(loaded.function, item)
         if os.getpid() != own:
             # User code forked, and its child came back from the function too: only the parent answers.
             os._exit(0)
@@ -200,16 +234,16 @@ def call(function: RewardFunction, item: RewardItem) -> Outcome:
     try:
         return Outcome(value=as_reward(function(item)))
     except UnusableAnswerError as error:
-        return Outcome(warning=str(error))
+        return Outcome(failure="unusable_answer", message=printable(str(error)))
     except NoNumberError as error:
-        return Outcome(error=str(error))
+        return Outcome(failure="error", message=str(error))
     except BaseException as error:
-        return Outcome(error=described(error), traceback=_traceback())
+        return Outcome(failure="error", message=described(error), traceback=_traceback())
 
 
 def _traceback() -> str:
     try:
-        text = traceback.format_exc()
+        text = printable(traceback.format_exc())
     except BaseException as error:
         return f"(the traceback can't be shown: {type(error).__name__})"
     half = TRACEBACK_CHARACTERS // 2

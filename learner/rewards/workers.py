@@ -6,32 +6,29 @@ libraries kill the worker alone, and its children live on; see `worker_process` 
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import multiprocessing
 import os
 import queue
-import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from learner.rewards.base import RewardItem
-from learner.rewards.worker_process import Death, Outcome, Output, RewardFunction, supervise
+from learner.rewards.descriptions import described
+from learner.rewards.worker_process import Death, Load, Outcome, Output, supervise
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 TRANSFER_SECONDS = 30.0
 """For the bytes of one item or outcome: only a worker that was stopped by a signal does not take them at once."""
 
-_CLOSED = Outcome(error="the rewards are being closed")
+_CLOSED = Outcome(failure="error", message="the rewards are being closed")
 
 
 class Worker:
@@ -40,8 +37,9 @@ class Worker:
     `closing`: readable once the pool is being closed, which ends every wait.
     """
 
-    def __init__(self, load: Callable[[], RewardFunction], closing: Connection) -> None:
+    def __init__(self, load: Load, start_seconds: float, closing: Connection) -> None:
         self._load = load
+        self._start_seconds = start_seconds
         self._closing = closing
         self._process: multiprocessing.process.BaseProcess | None = None
         self._work: Connection | None = None
@@ -59,28 +57,37 @@ class Worker:
         self._process.start()
         their_work.close()
         their_control.close()
-        outcome = self._receive(START_SECONDS)
-        if outcome.timed_out:
-            outcome = Outcome(error=f"did not load within {START_SECONDS:g} s")
-        if outcome.error is not None:
+        outcome = self._receive(self._start_seconds)
+        if outcome.failure == "timeout":
+            message = f"did not load within {self._start_seconds:g} s (reward.start_seconds)"
+            outcome = Outcome(failure="error", message=message)
+        if outcome.failure is not None:
             self.stop()
         return outcome
 
     def call(self, item: RewardItem, timeout_seconds: float) -> Outcome:
         """The item's reward, or a time-out, after which the process is killed."""
-        if self._process is not None and (not self._process.is_alive() or self._control_says_dead()):
+        for _ in range(2):
+            if self._work is None:
+                started = self.start()
+                if started.failure is not None:
+                    return started
+            try:
+                if self._is_alive() and self._work is not None:
+                    self._work.send(item)
+                    return self._receive(timeout_seconds)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            except OSError as error:
+                return self._died(f"it does not take its next call: {error.strerror or error}")
+            except Exception as error:
+                # The whole message is made before any of it is sent: the worker is as it was.
+                message = f"its row can't be sent to another process: {described(error)}"
+                return Outcome(failure="error", message=message)
             # Killed from outside while it had nothing to do: no fault of this item.
             log.warning("a reward worker died while it had nothing to do, and is started again")
             self.stop()
-        if self._work is None:
-            started = self.start()
-            if started.error is not None or self._work is None:
-                return started
-        try:
-            self._work.send(item)
-        except OSError as error:
-            return self._died(f"it does not take its next call: {error.strerror or error}")
-        return self._receive(timeout_seconds)
+        return Outcome(failure="error", message="reward workers die while they have nothing to do")
 
     def stop(self) -> None:
         """Kill the worker and all that it started, if there is one."""
@@ -118,18 +125,21 @@ class Worker:
                     return self._died("its supervisor is gone", message)
                 _show(message)
         self.stop()
-        return Outcome(timed_out=True)
+        return Outcome(failure="timeout")
 
-    def _control_says_dead(self) -> bool:
-        """Whether the idle worker has died; shows what it wrote since."""
-        assert self._control is not None
-        with contextlib.suppress(OSError):
+    def _is_alive(self) -> bool:
+        """Whether the idle worker is there, as far as it is known; shows what it wrote since."""
+        if self._process is None or self._control is None or not self._process.is_alive():
+            return False
+        try:
             while self._control.poll():
                 message = _message(self._control)
                 if not isinstance(message, Output):
-                    return True
+                    return False
                 _show(message)
-        return False
+        except OSError:
+            return False
+        return True
 
     def _died(self, what_is_seen: str, message: Any = None) -> Outcome:
         """The error of a worker that died, which its supervisor explains."""
@@ -143,18 +153,18 @@ class Worker:
                 break
         self.stop()
         if not isinstance(message, Death):
-            return Outcome(error=f"the worker process died ({what_is_seen})")
+            return Outcome(failure="error", message=f"the worker process died ({what_is_seen})")
         output = f"its last output:\n{message.output}" if message.output.strip() else ""
-        return Outcome(error=f"the worker process died ({message.reason})", traceback=output)
+        return Outcome(failure="error", message=f"the worker process died ({message.reason})", traceback=output)
 
 
 class WorkerPool:
     """Some workers that score items side by side."""
 
-    def __init__(self, load: Callable[[], RewardFunction], workers: int) -> None:
+    def __init__(self, load: Load, workers: int, start_seconds: float) -> None:
         closing, self._close_it = multiprocessing.Pipe(duplex=False)
         self._closing = closing
-        self._workers = [Worker(load, closing) for _ in range(workers)]
+        self._workers = [Worker(load, start_seconds, closing) for _ in range(workers)]
         self._free: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in reversed(self._workers):
             self._free.put(worker)

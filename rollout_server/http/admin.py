@@ -10,10 +10,12 @@ from fastapi import FastAPI, Request
 from common.weights import WeightUpdate
 from rollout_server.http.base_app import base_app
 from rollout_server.http.checkpoints import Shapes, prepare_update, tensor_shapes
-from rollout_server.http.errors import ApiError
+from rollout_server.http.errors import ApiError, unavailable
+from rollout_server.http.kept_weights import KeptWeights, remove_leftovers
 from rollout_server.http.openapi import errors, read_body, takes
-from rollout_server.http.replicas import Member
+from rollout_server.http.replicas import Member, ReplicaLost
 from rollout_server.http.schema.service import (
+    CacheReset,
     LastSync,
     PauseRequest,
     PauseState,
@@ -38,34 +40,21 @@ class WeightLoader:
         self._config = config
         self._shapes = _shapes(source, config)
         self._dtype = dtype
-        self._written: Path | None = None
+        self._kept: KeptWeights | None = None
+        self._loading = asyncio.Lock()
+        remove_leftovers()
 
     async def load(self, request: SyncRequest) -> Synced:
-        """Raises `ApiError`: 400 for a directory that is no checkpoint of this model, 503 if a replica failed."""
-        replicas = self._service.replicas
-        written: Path | None = None
-
-        async def prepare() -> WeightUpdate:
-            nonlocal written
-            version = request.policy_version
-            if version is None:
-                version = max(member.version for member in replicas.members) + 1
-            update, written = await asyncio.to_thread(
-                prepare_update, request.path, self._config, self._shapes, self._dtype, version
-            )
-            return update
-
+        """Raises `ApiError`: 400 for a directory that is no checkpoint of this model, 409 for a version that is not
+        newer, 503 if a replica failed."""
         started = time.perf_counter()
         try:
-            update = await replicas.sync(prepare)
+            async with self._loading:
+                update = await self._load(request)
         except BaseException:
             self._service.metrics.syncs.labels("failed").inc()
-            _remove(written)
             raise
         self._service.metrics.syncs.labels("loaded").inc()
-        # The file is what a restarted replica loads, so it stays until another takes its place.
-        _remove(self._written)
-        self._written = written
         seconds = time.perf_counter() - started
         return Synced(
             policy_version=update.version,
@@ -73,12 +62,28 @@ class WeightLoader:
             seconds=seconds,
             bytes=update.bytes,
             gigabytes_per_second=update.bytes / seconds / 1e9,
-            replicas=[_weights(member) for member in replicas.members],
+            replicas=[_weights(member) for member in self._service.replicas.members],
         )
 
+    async def _load(self, request: SyncRequest) -> WeightUpdate:
+        replicas = self._service.replicas
+        replicas.check_version(request.policy_version)
+        update, kept = await asyncio.to_thread(prepare_update, request.path, self._config, self._shapes, self._dtype)
+        try:
+            return await replicas.sync(update, kept, request.policy_version)
+        finally:
+            # The file is what a restarted replica loads, so it stays until another takes its place.
+            if replicas.kept is kept:
+                self.close()
+                self._kept = kept
+            else:
+                kept.close()
+
     def close(self) -> None:
-        """Remove what was written."""
-        _remove(self._written)
+        """Give up what restarted replicas would load."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
 
 def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
@@ -93,7 +98,7 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
     @app.post(
         "/weights/sync",
         response_model=Synced,
-        responses=errors(400, 503, 504),
+        responses=errors(400, 409, 503, 504),
         openapi_extra=takes(SyncRequest),
         summary="Load a checkpoint into all replicas",
     )
@@ -115,6 +120,15 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
             text = f"responses are still under way after {service.settings.sync_seconds:g} s; no new ones until /resume"
             raise ApiError(504, text, code="deadline_exceeded") from None
         return PauseState(paused=True, mode=body.mode)
+
+    @app.post("/reset_prefix_cache", responses=errors(503, 504), summary="Forget cached prefixes")
+    async def reset_prefix_cache() -> CacheReset:
+        try:
+            return CacheReset(success=await service.replicas.reset_prefix_cache())
+        except TimeoutError:
+            raise ApiError(504, "the replicas did not answer in time", code="deadline_exceeded") from None
+        except ReplicaLost:
+            raise unavailable("a replica died") from None
 
     @app.post("/resume", responses=errors(503, 504), summary="Go on after a pause")
     async def resume(request: Request) -> PauseState:
@@ -145,10 +159,10 @@ def _weights(member: Member) -> ReplicaWeights:
             error=member.sync_error,
         )
     return ReplicaWeights(
-        replica=member.number, policy_version=member.version, checksum=member.checksum, last_sync=last
+        replica=member.number,
+        policy_version=member.version,
+        checksum=member.checksum,
+        error=member.error,
+        non_finite_version=member.non_finite_version,
+        last_sync=last,
     )
-
-
-def _remove(path: Path | None) -> None:
-    if path is not None:
-        path.unlink(missing_ok=True)

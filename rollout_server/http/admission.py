@@ -1,16 +1,21 @@
 """Who may generate now: a bounded queue that is fair between clients."""
 
 import asyncio
-from collections import OrderedDict, deque
+import time
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from rollout_server.http.errors import ApiError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
+    """A request in a queue. `is_admitted`: its places are taken, whether or not its task has learnt of it yet."""
+
+    client: str
     weight: int
-    admitted: asyncio.Future[None]
+    wake: asyncio.Future[None]
+    is_admitted: bool = False
 
 
 class Admission:
@@ -18,19 +23,24 @@ class Admission:
 
     Clients take turns: each one's requests are admitted in order, and a client with many does not delay another with
     few. A request that needs more places than there are takes all of them.
+
+    Whoever is admitted holds its places from then on. A request that is cancelled gives them back itself, at the
+    latest when its task next runs; one that is cancelled before it is admitted takes none.
     """
 
     def __init__(self, capacity: int, max_waiting: int) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._free = capacity
         self._max_waiting = max_waiting
-        self._queues: OrderedDict[str, deque[_Waiting]] = OrderedDict()
+        self._queues: OrderedDict[str, dict[_Waiting, None]] = OrderedDict()
         self.waiting = 0
+        self.moved = time.monotonic()
+        """When places were last taken or given back, or a request began to wait while none did."""
 
     @property
     def busy(self) -> int:
         """Places that are taken."""
-        return self._capacity - self._free
+        return self.capacity - self._free
 
     async def acquire(self, client: str, responses: int) -> int:
         """Wait for places; returns how many were taken, for `release`.
@@ -38,9 +48,9 @@ class Admission:
         Raises:
             ApiError: 429, too many requests wait already.
         """
-        weight = min(responses, self._capacity)
+        weight = min(responses, self.capacity)
         if not self._queues and weight <= self._free:
-            self._free -= weight
+            self._take(weight)
             return weight
         if self.waiting >= self._max_waiting:
             raise ApiError(
@@ -49,44 +59,59 @@ class Admission:
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
-        entry = _Waiting(weight, asyncio.get_running_loop().create_future())
-        self._queues.setdefault(client, deque()).append(entry)
+        entry = _Waiting(client, weight, asyncio.get_running_loop().create_future())
+        if not self.waiting:
+            self.moved = time.monotonic()
+        self._queues.setdefault(client, {})[entry] = None
         self.waiting += 1
         try:
-            await entry.admitted
+            await entry.wake
         except BaseException:
-            if entry.admitted.done() and not entry.admitted.cancelled():
+            # The future does not tell: it may be cancelled before, and its task after, the places were taken.
+            if entry.is_admitted:
                 self.release(weight)
             else:
-                self._forget(client, entry)
+                self._drop(entry)
+                self._admit()
             raise
         return weight
 
     def release(self, weight: int) -> None:
         """Give places back."""
+        if not 0 <= weight <= self.busy:
+            raise ValueError(f"{weight} places cannot be given back: {self.busy} are taken")
         self._free += weight
+        self.moved = time.monotonic()
         self._admit()
 
-    def _forget(self, client: str, entry: _Waiting) -> None:
-        queue = self._queues[client]
-        queue.remove(entry)
+    def _take(self, weight: int) -> None:
+        self._free -= weight
+        self.moved = time.monotonic()
+
+    def _drop(self, entry: _Waiting) -> None:
+        """Take a request out of its queue, if it is in there."""
+        queue = self._queues.get(entry.client, {})
+        if entry not in queue:
+            return
+        del queue[entry]
         self.waiting -= 1
         if not queue:
-            del self._queues[client]
-        self._admit()
+            del self._queues[entry.client]
 
     def _admit(self) -> None:
         """Admit in turn. A request that does not fit yet is waited for, or small ones would starve it."""
         while self._queues:
             client, queue = next(iter(self._queues.items()))
-            entry = queue[0]
+            entry = next(iter(queue))
+            if entry.wake.done():
+                # Cancelled, and its task has not run since: it must get no places and costs its client no turn.
+                self._drop(entry)
+                continue
             if entry.weight > self._free:
                 return
-            queue.popleft()
-            self.waiting -= 1
-            self._free -= entry.weight
-            if queue:
+            self._drop(entry)
+            if client in self._queues:
                 self._queues.move_to_end(client)
-            else:
-                del self._queues[client]
-            entry.admitted.set_result(None)
+            self._take(entry.weight)
+            entry.is_admitted = True
+            entry.wake.set_result(None)

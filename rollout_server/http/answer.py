@@ -3,23 +3,40 @@
 import asyncio
 import logging
 import time
+from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from common.trajectory import ResponseRequest
+from common.weights import NonFiniteLogits
+from rollout_server.http.admission import Admission
+from rollout_server.http.choice import Choice
 from rollout_server.http.encoders import Encoder
-from rollout_server.http.errors import ApiError, unavailable
+from rollout_server.http.errors import ApiError, bad_request, unavailable
 from rollout_server.http.generation import Generation, MakeChoice
 from rollout_server.http.logs import FIELDS
 from rollout_server.http.middleware import REQUEST_ID, STARTED, send_error
-from rollout_server.http.replicas import GenerationAborted, NoWeights
+from rollout_server.http.replicas import GenerationAborted, NoWeights, RequestRefused
 from rollout_server.http.service import Service
 
 log = logging.getLogger("e3rl.http")
 LAST_WORDS_SECONDS = 5.0
 """How long an error may take to reach a client that reads slowly."""
+
+
+class _Places:
+    """What a request was admitted with. It is given back once, as soon as all is generated: sending needs no places."""
+
+    def __init__(self, admission: Admission, places: int) -> None:
+        self._admission = admission
+        self._places = places
+
+    def give_back(self) -> None:
+        places, self._places = self._places, 0
+        if places:
+            self._admission.release(places)
 
 
 class GenerationAnswer(Response):
@@ -80,6 +97,8 @@ class GenerationAnswer(Response):
                 raise
             await self._fail(send, _shutting_down())
         except Exception as error:
+            if isinstance(error, NonFiniteLogits):
+                self._service.metrics.non_finite.inc()
             await self._fail(send, _api_error(error, scope[REQUEST_ID]))
 
     async def _generate(self, send: Send) -> None:
@@ -87,27 +106,37 @@ class GenerationAnswer(Response):
         if service.draining:
             raise _shutting_down()
         responses = sum(map(len, self._groups))
-        places = await service.admission.acquire(self._client, responses)
-        generation = Generation(service.replicas, self._groups, self._make_choice, self._streams)
+        places = _Places(service.admission, await service.admission.acquire(self._client, responses))
+        generation: Generation | None = None
         try:
+            generation = Generation(service.replicas, self._groups, self._make_choice, places.give_back, self._streams)
             if self._streams:
                 await self._stream(generation, send)
             else:
                 await generation.finish()
                 # First: what fails here must still be answered with an error.
-                body = self._encoder.whole(generation.choices)
+                body = await self._encoded(generation.choices)
                 await self._start(send, "application/json")
                 await send({"type": "http.response.body", "body": body})
         finally:
-            service.admission.release(places)
-            service.count(generation)
+            places.give_back()
+            if generation is not None:
+                service.count(generation)
+
+    async def _encoded(self, choices: list[Choice]) -> bytes:
+        """The whole answer; a long one is made beside the event loop."""
+        if any(choice.prompt_logprobs for choice in choices):
+            return await asyncio.to_thread(self._encoder.whole, choices)
+        return self._encoder.whole(choices)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
-        async for batch in generation.chunks():
-            if not self._started:
-                await self._start(send, self._encoder.media_type)
-            body = b"".join(self._encoder.chunk(choice, chunk) for choice, chunk in batch)
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+        # Closed at once, whatever ends it: what is left to the garbage collector generates until then.
+        async with aclosing(generation.chunks()) as batches:
+            async for batch in batches:
+                if not self._started:
+                    await self._start(send, self._encoder.media_type)
+                body = b"".join(self._encoder.chunk(choice, chunk) for choice, chunk in batch)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._encoder.end(generation.choices)})
 
     async def _start(self, send: Send, media_type: str) -> None:
@@ -144,8 +173,12 @@ def _api_error(error: Exception, request_id: str) -> ApiError:
     """What the client is told; what it is not told goes to the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestRefused):
+        return bad_request(str(error))
     if isinstance(error, NoWeights):
         return unavailable("the last weight sync failed: there are no complete weights until one succeeds")
+    if isinstance(error, NonFiniteLogits):
+        return ApiError(500, str(error), code="non_finite_logits")
     if isinstance(error, GenerationAborted):
         return unavailable("the generation was aborted by the server")
     log.error("generation failed", exc_info=error, extra={FIELDS: {"request_id": request_id}})

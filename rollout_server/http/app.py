@@ -1,25 +1,26 @@
 """The public listener: completions, chat completions, rollouts, models, readiness, metrics."""
 
-import asyncio
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 
 from common.config.erasure import ErasurePolicy
 from common.trajectory import ResponseRequest, Trajectory
 from rollout_server.http.answer import GenerationAnswer
 from rollout_server.http.base_app import base_app
 from rollout_server.http.choice import ChoiceOptions
-from rollout_server.http.encoders import NDJSON, SSE, ChatEncoder, CompletionEncoder, RolloutEncoder
-from rollout_server.http.errors import bad_request, unavailable
+from rollout_server.http.detokenize import TextOptions, TokenNumbers
+from rollout_server.http.encoders import NDJSON, SSE, AnswerForm, ChatEncoder, CompletionEncoder, RolloutEncoder
+from rollout_server.http.errors import bad_request
+from rollout_server.http.extras import check_scores
 from rollout_server.http.middleware import REQUEST_ID, SPAN, STARTED, USER, header
 from rollout_server.http.openapi import errors, read_body, streamed, takes
-from rollout_server.http.prompts import chat_prompt, check_token_ids, completion_prompts
+from rollout_server.http.prompts import Truncation, aside, chat_prompt, check_token_ids, completion_prompts
 from rollout_server.http.schema.base import MAX_SEED
-from rollout_server.http.schema.chat import ChatChunk, ChatCompletion, ChatRequest
+from rollout_server.http.schema.chat import ChatChunk, ChatCompletion
+from rollout_server.http.schema.chat_request import ChatRequest
 from rollout_server.http.schema.completion import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -28,8 +29,9 @@ from rollout_server.http.schema.completion import (
 )
 from rollout_server.http.schema.rollouts import RolloutRequest
 from rollout_server.http.schema.sampling import SamplingRequest
-from rollout_server.http.schema.service import Model, Models, NotReady, Ready, ReplicaProbe
+from rollout_server.http.schema.text import DetokenizeRequest, TokenizeRequest
 from rollout_server.http.service import RequestObserver, Service
+from rollout_server.http.service_routes import add_service_routes
 
 DESCRIPTION = "Erasable generation, compatible with OpenAI's API. What is ours is in the object `erasure`."
 GENERATION_ERRORS = (400, 404, 429, 503, 504)
@@ -41,7 +43,7 @@ def public_app(service: Service) -> FastAPI:
         service,
         "E3RL",
         DESCRIPTION,
-        bodies=[CompletionRequest, ChatRequest, RolloutRequest],
+        bodies=[CompletionRequest, ChatRequest, RolloutRequest, TokenizeRequest, DetokenizeRequest],
         streams=[CompletionChunk, ChatChunk, Trajectory],
     )
     stream_text = "With `stream`: chunks as server-sent events, then `data: [DONE]`."
@@ -79,72 +81,43 @@ def public_app(service: Service) -> FastAPI:
     async def rollouts(request: Request) -> Response:
         return await _rollouts(service, request, await read_body(request, RolloutRequest))
 
-    _service_routes(app, service)
+    add_service_routes(app, service)
     return app
-
-
-def _service_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", responses=errors(503), summary="Served models")
-    async def models() -> Models:
-        version = min(member.version for member in service.replicas.members)
-        model = Model(
-            id=service.settings.name,
-            object="model",
-            created=service.created,
-            owned_by="e3rl",
-            max_model_len=service.facts.max_length,
-            policy_version=version,
-        )
-        return Models(object="list", data=[model])
-
-    @app.get(
-        "/ready",
-        response_model=Ready,
-        responses={**errors(), 503: {"model": NotReady, "description": "No replica answers: which and why."}},
-        summary="Whether at least one replica answers",
-    )
-    async def ready() -> Response:
-        members = service.replicas.members
-        reasons = await asyncio.gather(*(service.replicas.probe(member) for member in members))
-        probes = [
-            ReplicaProbe(replica=member.number, ready=reason is None, error=reason)
-            for member, reason in zip(members, reasons, strict=True)
-        ]
-        if any(probe.ready for probe in probes) and not service.draining:
-            return JSONResponse(Ready(status="ready", replicas=probes).model_dump())
-        text = "; ".join(f"replica {probe.replica} {probe.error}" for probe in probes if not probe.ready)
-        error = unavailable(f"no replica is ready: {text or 'the server is shutting down'}")
-        body = error.body() | {"replicas": [probe.model_dump() for probe in probes]}
-        return JSONResponse(body, 503, headers=error.headers)
-
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses={**errors(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-        summary="Prometheus metrics",
-    )
-    async def metrics(request: Request) -> Response:
-        with_engine = service.settings.engine_metrics
-        text, content_type = service.metrics.render(header(request.scope, b"accept"), with_engine)
-        return Response(text, headers={"content-type": content_type})
 
 
 async def _complete(service: Service, request: Request, body: CompletionRequest) -> Response:
     service.check_model(body.model)
     facts = service.facts
-    prompts = await completion_prompts(service.tokenizer, body.prompt, facts.vocabulary)
+    truncation = Truncation.of(body, facts.max_length, body.max_tokens or 1)
+    special = body.add_special_tokens is not False
+    prompts = await completion_prompts(service.tokenizer, body.prompt, facts.vocabulary, truncation, special)
     lengths = _Lengths(body.max_tokens, DEFAULT_MAX_TOKENS, "prompt", "max_tokens")
-    return _answer(service, request, body, prompts, lengths, body.logprobs)
+    echoes = await _echoes(service, body, prompts) if body.echo else ()
+    return _answer(service, request, body, prompts, lengths, body.logprobs, body.scores, echoes)
+
+
+async def _echoes(service: Service, body: CompletionRequest, prompts: list[list[int]]) -> tuple[str, ...]:
+    """The texts of the prompts: as they were given, unless they were given as token ids or cut."""
+    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if isinstance(given[0], str) and body.truncate_prompt_tokens is None:
+        return tuple(str(text) for text in given)
+
+    def decode() -> tuple[str, ...]:
+        return tuple(service.tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens) for ids in prompts)
+
+    return await aside(decode, sum(map(len, prompts)))
 
 
 async def _chat(service: Service, request: Request, body: ChatRequest) -> Response:
     service.check_model(body.model)
-    prompt = await chat_prompt(service.tokenizer, body.messages)
-    check_token_ids(prompt, service.facts.vocabulary, "messages")
+    facts = service.facts
+    prompt = await chat_prompt(service.tokenizer, body.messages, body, special=body.add_special_tokens is True)
+    truncation = Truncation.of(body, facts.max_length, body.length or 1)
+    prompt = prompt if truncation is None else truncation.apply(prompt)
+    check_token_ids(prompt, facts.vocabulary, "messages")
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-    lengths = _Lengths(body.max_completion_tokens or body.max_tokens, None, "messages", name)
-    return _answer(service, request, body, [prompt], lengths, top_logprobs)
+    lengths = _Lengths(body.length, None, "messages", body.length_name)
+    return _answer(service, request, body, [prompt], lengths, top_logprobs, body.prompt_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,26 +137,85 @@ def _answer(
     prompts: list[list[int]],
     lengths: _Lengths,
     top_logprobs: int | None,
+    scores: int | None,
+    echoes: tuple[str, ...] = (),
 ) -> GenerationAnswer:
-    """The answer to a completion or chat completion."""
-    policy = service.policy(body.erasure)
+    """The answer to a completion or chat completion. `scores`: as `ChoiceOptions.prompt_logprobs`."""
+    only_prompt = lengths.max_tokens == 0
+    policy = None if only_prompt else service.policy(body.erasure)
+    _check_choices(service, len(prompts) * body.choices)
+    if body.request_id is not None and not header(request.scope, b"x-request-id"):
+        request.scope[REQUEST_ID] = body.request_id
+    identity = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + request.scope[REQUEST_ID]
+    groups = _groups(service, body, prompts, lengths, policy, identity, top_logprobs)
+    if scores is not None:
+        check_scores(prompts, body.choices, scores)
+    service.admit_delimiter(policy)
+    request.scope[USER] = body.user
+    segments = body.erasure is None or body.erasure.return_segments
+    options = ChoiceOptions(
+        live=body.is_live,
+        segments=segments,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=scores,
+        only_prompt=only_prompt,
+    )
+    text = TextOptions(
+        stops=body.stop_strings,
+        include_stop_str_in_output=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        spaces_between_special_tokens=body.spaces_between_special_tokens,
+        min_tokens=body.min_tokens or 0,
+    )
+    form = AnswerForm(
+        identity,
+        int(time.time()),
+        service.settings.name,
+        sum(map(len, prompts)),
+        per_prompt=body.choices,
+        logprobs=top_logprobs,
+        token_ids=bool(body.return_token_ids),
+        segments=segments,
+        usage=body.includes_usage,
+        continuous_usage=body.usage_is_continuous,
+        prompt_logprobs=body.prompt_logprobs is not None,
+        echoes=echoes,
+    )
+    texts = TokenNumbers() if body.return_tokens_as_token_ids else service.texts
+    encoder = (ChatEncoder if isinstance(body, ChatRequest) else CompletionEncoder)(form, texts)
+    maker = service.choice_maker(_observer(service, request), options, text)
+    return GenerationAnswer(service, _client(request), groups, maker, encoder, streams=bool(body.stream))
+
+
+def _groups(
+    service: Service,
+    body: SamplingRequest,
+    prompts: list[list[int]],
+    lengths: _Lengths,
+    policy: ErasurePolicy | None,
+    identity: str,
+    top_logprobs: int | None,
+) -> list[list[ResponseRequest]]:
+    """A group of responses to each prompt."""
     defaults = service.facts.defaults if service.settings.generation_config == "auto" else {}
     sampling = {
         name: value if value is not None else defaults.get(name)
         for name, value in (("temperature", body.temperature), ("top_p", body.top_p), ("min_p", body.min_p))
     }
-    top_k = body.top_k if body.top_k is not None else int(defaults.get("top_k", 0))
     known: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
-    service.check_temperature(policy, known.get("temperature", 1.0))
-    _check_choices(service, len(prompts) * body.choices)
-    is_chat = isinstance(body, ChatRequest)
-    identity = ("chatcmpl-" if is_chat else "cmpl-") + request.scope[REQUEST_ID]
+    top_k = body.top_k if body.top_k is not None else int(defaults.get("top_k", 0))
+    extras = body.extras(defaults)
+    service.check_extras(extras, policy)
     sentinels = 0 if policy is None else 1
     groups = []
     for number, prompt in enumerate(prompts):
         where = lengths.prompt_name if len(prompts) == 1 else f"{lengths.prompt_name}[{number}]"
         names = where, lengths.max_tokens_name
         length = service.response_length(len(prompt), lengths.max_tokens, lengths.default, sentinels, names)
+        if extras.min_tokens > length:
+            text = f"min_tokens ({extras.min_tokens}) exceeds the {length} tokens that the response may have"
+            raise bad_request(text, "min_tokens")
+        service.check_temperature(policy, known.get("temperature", 1.0), length)
         template = ResponseRequest(
             prompt_id=f"{identity}-{number}",
             group_id=_group_id(number),
@@ -195,40 +227,27 @@ def _answer(
             top_k=max(top_k, 0),
             top_logprobs=_engine_logprobs(policy, top_logprobs, body.is_live),
             ignore_eos=body.ignore_eos,
+            extras=extras,
             policy=policy,
             **known,
         )
         groups.append(_members(template, body.choices))
-    service.admit_delimiter(policy)
-    request.scope[USER] = body.user
-    segments = body.erasure is None or body.erasure.return_segments
-    options = ChoiceOptions(live=body.is_live, segments=segments, top_logprobs=top_logprobs)
-    encoder = (ChatEncoder if is_chat else CompletionEncoder)(
-        identity,
-        int(time.time()),
-        service.settings.name,
-        sum(map(len, prompts)),
-        service.texts,
-        logprobs=top_logprobs is not None,
-        token_ids=body.return_token_ids,
-        segments=segments,
-        usage=body.includes_usage,
-    )
-    maker = service.choice_maker(_observer(service, request), options, body.stop_strings)
-    return GenerationAnswer(service, _client(request), groups, maker, encoder, streams=bool(body.stream))
+    return groups
 
 
 async def _rollouts(service: Service, request: Request, body: RolloutRequest) -> Response:
     service.check_model(body.model)
     policy = service.policy(body.erasure)
     plain = policy is None
-    service.check_temperature(policy, body.temperature)
     _check_choices(service, sum(group.n for group in body.groups))
     groups: list[list[ResponseRequest]] = []
     for number, group in enumerate(body.groups):
         where = f"groups[{number}].prompt_token_ids"
         check_token_ids(group.prompt_token_ids, service.facts.vocabulary, where)
         length = service.response_length(len(group.prompt_token_ids), body.max_tokens, None, 1, (where, "max_tokens"))
+        erasable = 0 if plain else group.n if group.erasable is None else group.erasable
+        if erasable:
+            service.check_temperature(policy, body.temperature, length)
         seed = group.seed
         if seed is None and body.seed is not None:
             # Groups may have the same prompt.
@@ -247,11 +266,10 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
             policy=policy or _monitor_only(service.settings.erasure),
             erasable=False,
         )
-        erasable = 0 if plain else group.n if group.erasable is None else group.erasable
         groups.append(_members(template, group.n, erasable))
     service.admit_delimiter(policy)
     options = ChoiceOptions(segments=False)
-    maker = service.choice_maker(_observer(service, request), options, ())
+    maker = service.choice_maker(_observer(service, request), options, TextOptions())
     return GenerationAnswer(service, _client(request), groups, maker, RolloutEncoder(), streams=True)
 
 

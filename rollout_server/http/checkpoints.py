@@ -1,29 +1,20 @@
 """A checkpoint directory as a weight update: one safetensors file with the types that replicas hold."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from common.weights import WeightUpdate, weight_checksum
-from rollout_server.http.errors import bad_request
+from rollout_server.http.errors import ApiError, bad_request
+from rollout_server.http.kept_weights import KeptWeights, write_kept
+from rollout_server.http.model_meaning import described, differences
 
 INDEX = "model.safetensors.index.json"
-_SHAPING = (
-    "architectures",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MOST_INDEX_BYTES = 64 * 2**20
 
 _COMPUTED = "rotary_emb.inv_freq"
 """In checkpoints of old versions of transformers; engines compute it."""
@@ -33,31 +24,47 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def prepare_update(
-    path: str, served: dict[str, object], shapes: Shapes | None, dtype: torch.dtype, version: int
-) -> tuple[WeightUpdate, Path | None]:
-    """The update, and the file that was written for it, to be removed once it is not needed.
+    path: str, served: dict[str, object], shapes: Shapes | None, dtype: torch.dtype
+) -> tuple[WeightUpdate, KeptWeights]:
+    """The update, which has no version yet, and its file, to be closed once no replica needs it any more.
 
     `path`: the checkpoint's directory. `served`, `shapes`: configuration and tensors of the served model, the latter
     where they are known. The checkpoint's own file is used where it fits as it is.
 
     Raises:
-        ApiError: 400, the directory is no checkpoint of the served model.
+        ApiError: 400, the directory is no checkpoint of the served model; 503, there is no room to convert it.
     """
     try:
         directory = Path(path).expanduser()
-        exists = directory.is_dir()
+        if not directory.is_dir():
+            raise bad_request("path is not a directory with a config.json", "path")
+        config = read_config(directory)
+        if found := differences(served, config):
+            raise bad_request(f"the checkpoint is of another model: {described(found)}", "path", "other_model")
+        files = _weight_files(directory)
+        _check_shapes(tensor_shapes(directory, config), shapes)
+        tensors, fits = _read(files, config, dtype)
+        kept = KeptWeights(files[0].resolve()) if fits else None
     except (OSError, RuntimeError, ValueError) as error:
-        raise bad_request("path cannot be a directory", "path") from error
-    if not exists:
-        raise bad_request("path is not a directory with a config.json", "path")
-    config = read_config(directory)
-    differing = [name for name in _SHAPING if config.get(name) != served.get(name)]
-    if differing:
-        raise bad_request(
-            f"the checkpoint is of another model: its config.json differs in {', '.join(differing)}", "path"
-        )
-    files = _weight_files(directory)
-    _check_shapes(tensor_shapes(directory, config), shapes)
+        # A name that is too long or no text, a loop of links, no permission: all of them are in the request's path.
+        raise bad_request(f"the checkpoint cannot be read: {_reason(error)}", "path") from error
+    if kept is None:
+        try:
+            kept = write_kept({name: tensor.contiguous() for name, tensor in tensors.items()})
+        except (OSError, SafetensorError) as error:
+            raise ApiError(503, f"the weights cannot be converted: {_reason(error)}", code="no_room") from error
+    update = WeightUpdate(
+        version=0,
+        backend="host",
+        path=kept.path(),
+        checksum=weight_checksum(tensors.values()),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+    return update, kept
+
+
+def _read(files: list[Path], config: dict[str, object], dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], bool]:
+    """All tensors in the type that engines hold, and whether the one file that there is holds just them."""
     tensors: dict[str, torch.Tensor] = {}
     fits = len(files) == 1
     try:
@@ -68,27 +75,29 @@ def prepare_update(
                         fits = False
                         continue
                     tensor = file.get_tensor(name)
-                    if not tensor.is_floating_point():
-                        raise bad_request(f"tensor {name} holds {tensor.dtype}, which are no weights", "path")
-                    if not tensor.isfinite().all():
-                        raise bad_request(f"tensor {name} holds infinity or NaN", "path")
                     fits = fits and tensor.dtype == dtype
-                    tensors[name] = tensor.to(dtype)
-    except (SafetensorError, OSError) as error:
+                    tensors[name] = _converted(name, tensor, dtype)
+    except SafetensorError as error:
         raise bad_request("a safetensors file of the checkpoint is damaged", "path") from error
-    written = None
-    if not fits:
-        with tempfile.NamedTemporaryFile(prefix="e3rl-weights-", suffix=".safetensors", delete=False) as file:
-            written = Path(file.name)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written)
-    update = WeightUpdate(
-        version=version,
-        backend="host",
-        path=str((written or files[0]).resolve()),
-        checksum=weight_checksum(tensors.values()),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
-    )
-    return update, written
+    return tensors, fits
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """400 unless all values are finite, in their own type and in `dtype`."""
+    if tensor.dtype not in _TYPES:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _TYPES)
+        raise bad_request(f"tensor {name} holds {tensor.dtype}; weights must be one of {kinds}", "path")
+    if not tensor.isfinite().all():
+        raise bad_request(f"tensor {name} holds infinity or NaN", "path")
+    converted = tensor.to(dtype)
+    if converted is not tensor and not converted.isfinite().all():
+        raise bad_request(f"tensor {name} holds values that are infinite in {dtype}, which the engine holds", "path")
+    return converted
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the path."""
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
 
 
 def tensor_shapes(directory: Path, config: dict[str, object]) -> Shapes:
@@ -104,7 +113,7 @@ def tensor_shapes(directory: Path, config: dict[str, object]) -> Shapes:
                 for name in file.keys():  # noqa: SIM118
                     if not _is_tied_head(name, config) and not name.endswith(_COMPUTED):
                         shapes[name] = tuple(file.get_slice(name).get_shape())
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise bad_request("a safetensors file of the checkpoint is damaged", "path") from error
     return shapes
 
@@ -149,8 +158,10 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
+            if index.stat().st_size > _MOST_INDEX_BYTES:
+                raise ValueError("too long")
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise bad_request("the checkpoint's index is damaged", "path") from error
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise bad_request("the checkpoint's index names files elsewhere", "path")

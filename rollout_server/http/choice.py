@@ -12,6 +12,9 @@ from rollout_server.http.segments import JudgedSegment
 if TYPE_CHECKING:
     from rollout_server.rollback import TopLogprobs
 
+PromptScores = list[dict[int, tuple[float, int]] | None]
+"""Of each token of a prompt: log-prob and rank of it, first, and of the likeliest ones; None for the first token."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
@@ -46,11 +49,18 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceOptions:
-    """What a request wants to know of its choices. `top_logprobs`: null for no log-probs."""
+    """What a request wants to know of its choices. `top_logprobs`: null for no log-probs.
+
+    `end_token_id`: the token whose end of a response needs no reason. `prompt_logprobs`: of how many likeliest tokens,
+    beside each token of the prompt; null: it is not scored. `only_prompt`: nothing is generated.
+    """
 
     live: bool = False
     segments: bool = True
     top_logprobs: int | None = None
+    end_token_id: int | None = None
+    prompt_logprobs: int | None = None
+    only_prompt: bool = False
 
 
 class Observer(Protocol):
@@ -62,6 +72,10 @@ class Observer(Protocol):
 
     def attempt(self, choice: "Choice", segment: JudgedSegment, started: int, ended: int) -> None:
         """Times in nanoseconds since the epoch."""
+        ...
+
+    def restored(self) -> None:
+        """An attempt that was erased is accepted after all."""
         ...
 
 
@@ -94,11 +108,17 @@ class Choice:
         self.policy_version = 0
         self.trajectory: Trajectory | None = None
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.prompt_logprobs: PromptScores | None = None
         self.chunks: list[Chunk] = []
+        self.is_complete = False
+        """Whether its last segment was accepted."""
         self.introduced = False
-        """For encoders: whether the stream has named the choice's role."""
+        """For encoders: whether the stream has said what comes once, as the choice's role."""
         self.logprob_offset = 0
         """For encoders: where in the text the next token's log-prob belongs."""
+        self.told_tokens = 0
+        """For encoders: tokens that the stream has told and not taken back."""
         self.stop: Callable[[], None] | None = None
         self._cursor = cursor
         monitored = request.policy is not None
@@ -109,6 +129,9 @@ class Choice:
         if self._uncut is not None:
             self._uncut.finder = None
         self._pending: list[dict[int, float]] = []
+        self._erased: list[list[dict[int, float]]] = []
+        """Log-probs of the erased attempts at the segment under way, one of which may be accepted after all."""
+        self._under_way = Place(0, 0, 0)
         self._texts: list[str] = []
         self._observer = observer
         self._changed = changed
@@ -168,19 +191,52 @@ class Choice:
         self.segments.append(segment)
         if segment.erased:
             self._pending.clear()
+            self._erased.append(top)
             self._erase(segment)
             return
         del self._pending[: len(top)]
-        entries = []
-        if self.options.top_logprobs is not None:
-            entries = _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
+        self._accept(segment, top)
+
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        """Part of `Listener`."""
+        if self.has_stopped():
+            return
+        self.judged(attempt, final=False)
+        self._observer.restored()
+        place = next(n for n, one in enumerate(self.attempts) if _same_place(one, kept))
+        self.attempts[place] = kept
+        segment = self.segments[place]
+        segment.erased, segment.final = False, final
+        self.erased_tokens -= len(segment.token_ids)
+        top = self._erased[kept.attempt]
+        if self._live is not None:
+            text, taken = self._live.feed(segment.token_ids)
+            self._live_tokens += taken
+            if taken:
+                self._emit(
+                    Chunk(text=text, token_ids=segment.token_ids[:taken], entries=self._entries(segment, top)[:taken])
+                )
+        self._accept(segment, top)
+
+    def _accept(self, segment: JudgedSegment, top: "TopLogprobs") -> None:
+        """`top`: log-probs of the segment's tokens, if vLLM reported them."""
+        self._erased.clear()
+        self._under_way = Place(segment.index + 1, 0, segment.end)
+        self.is_complete = segment.final
+        entries = self._entries(segment, top)
         if self._uncut is not None:
             segment.text, _ = self._uncut.feed(segment.token_ids)
         text = self._commit(segment.token_ids, entries, segment)
         if self._segments_have_texts and self._uncut is None:
             segment.text = text
 
+    def _entries(self, segment: JudgedSegment, top: "TopLogprobs") -> list[TokenEntry]:
+        if self.options.top_logprobs is None:
+            return []
+        return _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
+
     def _erase(self, segment: JudgedSegment) -> None:
+        self._under_way = Place(segment.index, segment.attempt + 1, segment.start)
         self.erased_tokens += len(segment.token_ids)
         if self._segments_have_texts:
             segment.text, _ = (self._uncut or self._cursor).copy().feed(segment.token_ids)
@@ -195,11 +251,6 @@ class Choice:
         tokens, self._live_tokens = self._live_tokens - len(self.token_ids), len(self.token_ids)
         self._emit(Chunk(erased=place, retract=retract, retract_tokens=tokens))
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether its last segment was accepted."""
-        return bool(self.segments) and self.segments[-1].final
-
     def rewind(self) -> None:
         """Forget what was sampled after the last judged segment: the replica that sampled it is lost.
 
@@ -208,13 +259,7 @@ class Choice:
         self._pending.clear()
         self._attempt_started = time.time_ns()
         if self._live_tokens > len(self.token_ids):
-            last = self.segments[-1] if self.segments else None
-            if last is None:
-                self._take_back(Place(0, 0, 0))
-            elif last.erased:
-                self._take_back(Place(last.index, last.attempt + 1, last.start))
-            else:
-                self._take_back(Place(last.index + 1, 0, last.end))
+            self._take_back(self._under_way)
 
     def _commit(self, token_ids: list[int], entries: list[TokenEntry], segment: JudgedSegment | None = None) -> str:
         """Take tokens that stay; returns what can be shown of their text."""
@@ -253,6 +298,9 @@ class Choice:
         self.policy_version = policy_version
         stopped = self.has_stopped() or trajectory is None
         self.finish_reason = "stop" if stopped else trajectory.finish_reason  # type: ignore[union-attr]
+        self.stop_reason = self._cursor.stopped
+        if self.finish_reason == "stop" and not stopped and self.token_ids[-1] != self.options.end_token_id:
+            self.stop_reason = self.token_ids[-1]
         text = self._cursor.finish()
         self._texts.append(text)
         if self._live is not None:
@@ -260,6 +308,12 @@ class Choice:
         if self._uncut is not None:
             self._trim_segments(self._uncut.characters - self._cursor.characters)
         self._emit(Chunk(text=text, final=True))
+
+    def finish_scored(self, policy_version: int) -> None:
+        """Only the prompt was scored."""
+        self.policy_version = policy_version
+        self.finish_reason = "length"
+        self._emit(Chunk(final=True))
 
     def _trim_segments(self, excess: int) -> None:
         """Cut what a stop string took off the text from the end of the last accepted segments."""
@@ -275,6 +329,10 @@ class Choice:
         if self._changed is not None:
             self.chunks.append(chunk)
             self._changed(self)
+
+
+def _same_place(one: Attempt, other: Attempt) -> bool:
+    return (one.segment, one.attempt) == (other.segment, other.attempt)
 
 
 def _entries(token_ids: list[int], logprobs: "TopLogprobs | None", top: int | None) -> list[TokenEntry]:

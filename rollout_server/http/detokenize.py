@@ -1,7 +1,8 @@
 """Text of tokens that arrive one by one, without half characters."""
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -11,40 +12,59 @@ from rollout_server.http.stop import StopFinder
 _INVALID_PREFIX = "Invalid prefix encountered"
 
 
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How tokens become text, and what ends it: vLLM's parameters of these names.
+
+    `silent`: tokens without text, those that end a response. `min_tokens`: no stop string ends within so many tokens.
+    """
+
+    stops: tuple[str, ...] = ()
+    silent: frozenset[int] = frozenset()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    min_tokens: int = 0
+
+
 class TextCursor:
     """A place in a response: decodes the tokens that follow and looks for stop strings.
 
     Characters whose bytes are not complete are held back, also over segment boundaries; bytes that never become a
     character at the very end of a response are left out, as vLLM does. `prompt` gives the tokenizer its context.
-    `silent` tokens (those that end a response) have no text. `characters`: shown so far. `stopped`: the stop string
-    that was found; nothing is taken after it.
+    `characters`: shown so far. `stopped`: the stop string that was found; nothing is taken after it.
     """
 
-    __slots__ = ("_silent", "_stream", "_tokenizer", "characters", "finder", "stopped")
+    __slots__ = ("_added", "_options", "_special", "_stream", "_taken", "_tokenizer", "characters", "finder", "stopped")
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: tuple[str, ...], silent: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], options: TextOptions) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
-        self._silent = silent
-        self.finder = StopFinder(stops) if stops else None
+        self._options = options
+        self._stream = DecodeStream(ids=prompt, skip_special_tokens=options.skip_special_tokens)
+        self._taken = 0
+        text_between = options.skip_special_tokens or options.spaces_between_special_tokens
+        self._added: dict[int, Any] = {} if text_between else tokenizer.get_added_tokens_decoder()
+        """Special tokens and their like, if no spaces may come between them."""
+        self._special = False
+        """Whether the last token was one of `_added`."""
+        self.finder = StopFinder(options.stops, options.include_stop_str_in_output) if options.stops else None
         self.characters = 0
         self.stopped: str | None = None
 
     def copy(self) -> "TextCursor":
         """A cursor at the same place that moves independently."""
         other: TextCursor = object.__new__(TextCursor)
-        other._tokenizer = self._tokenizer
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
         other._stream = copy.copy(self._stream)
-        other._silent = self._silent
         other.finder = copy.copy(self.finder)
-        other.characters = self.characters
-        other.stopped = self.stopped
         return other
 
     def feed(self, token_ids: list[int]) -> tuple[str, int]:
         """Take tokens: the text that can be shown now, and how many were taken before a stop string was complete."""
+        silent = self._options.silent
         if self.finder is None:
-            text = self._decode_all([token_id for token_id in token_ids if token_id not in self._silent])
+            text = self._decode_all([token_id for token_id in token_ids if token_id not in silent])
             self.characters += len(text)
             return text, len(token_ids)
         pieces = []
@@ -53,12 +73,16 @@ class TextCursor:
             if self.stopped is not None:
                 break
             taken += 1
-            if token_id in self._silent:
+            self._taken += 1
+            if token_id in silent:
                 continue
             piece = self._decode(token_id)
             if piece is None:
                 continue
-            piece, self.stopped = self.finder.push(piece)
+            if self._taken <= self._options.min_tokens:
+                piece = self.finder.let_pass(piece)
+            else:
+                piece, self.stopped = self.finder.push(piece)
             if piece:
                 pieces.append(piece)
         text = "".join(pieces)
@@ -75,7 +99,7 @@ class TextCursor:
 
     def _decode_all(self, token_ids: list[int]) -> str:
         """As one after the other, but in one call where the last of them completes its character."""
-        if len(token_ids) > 1:
+        if len(token_ids) > 1 and not self._added:
             stream: Any = copy.copy(self._stream)
             try:
                 text: str | None = stream.step(self._tokenizer, token_ids)
@@ -89,6 +113,15 @@ class TextCursor:
         return "".join(filter(None, map(self._decode, token_ids)))
 
     def _decode(self, token_id: int) -> str | None:
+        piece = self._step(token_id)
+        if self._added:
+            added = self._added.get(token_id)
+            if added is not None and self._special:
+                piece = added.content
+            self._special = added is not None
+        return piece
+
+    def _step(self, token_id: int) -> str | None:
         stream: Any = self._stream
         try:
             piece: str | None = stream.step(self._tokenizer, token_id)
@@ -97,12 +130,25 @@ class TextCursor:
             # Some byte sequences decode differently once more follow; the stream then has to start afresh.
             if not str(error).startswith(_INVALID_PREFIX):
                 raise
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._options.skip_special_tokens)
         return self._stream.step(self._tokenizer, token_id)
 
 
+class Texts(Protocol):
+    """How single tokens are called in log-probs."""
+
+    def __getitem__(self, token_id: int) -> str: ...
+
+
+class TokenNumbers:
+    """Tokens as `token_id:N`."""
+
+    def __getitem__(self, token_id: int) -> str:
+        return f"token_id:{token_id}"
+
+
 class TokenTexts:
-    """The text of single tokens, for log-probs."""
+    """The text of single tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -16,7 +16,7 @@ _TYPES = {
 _UNION_MEMBER = re.compile(r"^(str|int|float|bool|constrained-\w+|[\w-]*\[.*)$")
 """Parts of a pydantic location that name a member of a union and not a place in the request. Those of tagged unions
 stand below the name in `_TAGGED`."""
-_TAGGED = "segmentation"
+_TAGGED = frozenset({"segmentation", "response_format"})
 
 
 class ApiError(Exception):
@@ -94,7 +94,7 @@ def parameter(location: tuple[int | str, ...], is_key: bool = False) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
             continue
-        is_tag = place > 0 and location[place - 1] == _TAGGED and place + 1 < len(location)
+        is_tag = place > 0 and location[place - 1] in _TAGGED and place + 1 < len(location)
         if (is_key and place + 1 == len(location)) or not (is_tag or _UNION_MEMBER.match(part)):
             text += f".{part}" if text else part or '""'
     return text[:200]

@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from common.trajectory import ResponseRequest, Trajectory
+from common.weights import NonFiniteLogits
 from rollout_server.http.choice import Choice, Chunk
 from rollout_server.http.errors import ApiError, unavailable
 from rollout_server.http.replicas import Member, ReplicaLost, ReplicaSet
@@ -20,14 +21,20 @@ class Generation:
 
     If a replica dies, what its groups lack is generated on another, at most `RESUBMISSIONS` times a group: monitored
     responses go on from their last judged segment, plain ones begin anew. If part of a plain one may have been shown
-    to the client, the request fails with 503.
+    to the client, the request fails with 503. `generated` is called once all responses are complete.
     """
 
     def __init__(
-        self, replicas: ReplicaSet, groups: list[list[ResponseRequest]], make_choice: MakeChoice, streams: bool
+        self,
+        replicas: ReplicaSet,
+        groups: list[list[ResponseRequest]],
+        make_choice: MakeChoice,
+        generated: Callable[[], None],
+        streams: bool,
     ) -> None:
         self._replicas = replicas
         self._make_choice = make_choice
+        self._generated = generated
         self._streams = streams
         self._fresh: dict[int, Choice] = {}
         self._wake = asyncio.Event()
@@ -51,14 +58,15 @@ class Generation:
         self._start()
         try:
             await _all(self._tasks)
+            self._generated()
         finally:
             await self._cancel()
 
-    async def chunks(self) -> AsyncIterator[list[tuple[Choice, Chunk]]]:
+    async def chunks(self) -> AsyncGenerator[list[tuple[Choice, Chunk]], None]:
         """What is new, as it comes: consecutive chunks of a choice that came at once are one."""
         self._start()
         everything = asyncio.ensure_future(_all(self._tasks))
-        everything.add_done_callback(lambda _: self._wake.set())
+        everything.add_done_callback(self._ended)
         try:
             while True:
                 await self._wake.wait()
@@ -80,6 +88,11 @@ class Generation:
         self._fresh[choice.index] = choice
         self._wake.set()
 
+    def _ended(self, everything: "asyncio.Future[None]") -> None:
+        self._wake.set()
+        if not everything.cancelled() and everything.exception() is None:
+            self._generated()
+
     def _start(self) -> None:
         for number in range(len(self.groups)):
             self._tasks.append(asyncio.create_task(self._group(number)))
@@ -98,11 +111,13 @@ class Generation:
             if losses:
                 requests = _resumed(unfinished, losses)
             member = await self._choose(len(unfinished), resubmitted=losses > 0)
-            tasks = [
-                asyncio.create_task(self._respond(choice, request, member))
-                for choice, request in zip(unfinished, requests, strict=True)
-            ]
+            tasks: list[asyncio.Task[None]] = []
             try:
+                await _score_prompt(unfinished, member)
+                if group[0].options.only_prompt:
+                    return
+                for choice, request in zip(unfinished, requests, strict=True):
+                    tasks.append(asyncio.create_task(self._respond(choice, request, member)))
                 await _all(tasks)
                 return
             except ReplicaLost as error:
@@ -157,12 +172,28 @@ class Generation:
             if not choice.has_stopped():
                 raise
             task.uncancel()
+        except NonFiniteLogits as error:
+            member.non_finite_version = error.version
+            raise
         except ReplicaLost:
             if not choice.has_stopped():
                 raise
         if trajectory is not None and not listens:
             choice.take(trajectory)
         choice.finish(trajectory, member.version)
+
+
+async def _score_prompt(choices: list[Choice], member: Member) -> None:
+    """Score the prompt of a group's choices, if that is wanted and not yet done."""
+    options, request = choices[0].options, choices[0].request
+    if options.prompt_logprobs is None or all(choice.prompt_logprobs is not None for choice in choices):
+        return
+    salt = request.extras.cache_salt
+    scores = await member.replica.score(request.prompt_token_ids, options.prompt_logprobs, salt)
+    for choice in choices:
+        choice.prompt_logprobs = scores
+        if options.only_prompt:
+            choice.finish_scored(member.version)
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

@@ -1,6 +1,7 @@
 """A replica in the server's own process: tokens reach the HTTP stream without another hop."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -8,11 +9,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineClosed, ErasableEngine, WeightSyncError
-from rollout_server.http.replicas import EngineFacts, GenerationAborted, NoWeights, ReplicaLost
+from rollout_server.engine import CannotSample, EngineClosed, ErasableEngine, WeightSyncError
+from rollout_server.http.choice import PromptScores
+from rollout_server.http.replicas import EngineFacts, GenerationAborted, NoWeights, ReplicaLost, RequestRefused
 from rollout_server.rollback import Listener, RecordLost
 
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class LocalReplica:
@@ -31,8 +33,19 @@ class LocalReplica:
 
     async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         engine = self.engine
-        try:
+        with self._translated(engine):
             return await engine.generate(request, listener)
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> PromptScores:
+        engine = self.engine
+        with self._translated(engine):
+            return await engine.score(prompt_token_ids, top, cache_salt)
+
+    @contextmanager
+    def _translated(self, engine: ErasableEngine) -> Iterator[None]:
+        """What goes wrong in `engine`, as the errors that `Replica` names."""
+        try:
+            yield
         except EngineDeadError as error:
             raise ReplicaLost("the engine died") from error
         except EngineClosed as error:
@@ -43,6 +56,8 @@ class LocalReplica:
             raise ReplicaLost("the engine died") from error
         except WeightSyncError as error:
             raise NoWeights(str(error)) from error
+        except CannotSample as error:
+            raise RequestRefused(str(error)) from error
         except RuntimeError as error:
             if "vLLM aborted" not in str(error):
                 raise
@@ -58,6 +73,12 @@ class LocalReplica:
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         return await self.engine.sync(update, deadline_seconds)
+
+    async def reset_prefix_cache(self) -> bool:
+        try:
+            return await self.engine.reset_prefix_cache()
+        except EngineDeadError as error:
+            raise ReplicaLost("the engine died") from error
 
     async def pause(self, mode: str) -> None:
         try:
@@ -95,4 +116,5 @@ def engine_facts(engine: ErasableEngine) -> EngineFacts:
         eos_token_ids=engine.eos_token_ids,
         vocabulary=config.get_vocab_size(),
         defaults={name: defaults[name] for name in SAMPLING_DEFAULTS if name in defaults},
+        sentinel_ids=engine.sentinel_ids,
     )

@@ -33,11 +33,17 @@ class ServerMetrics:
         self.committed_tokens = self._counter("e3rl_committed_tokens", "Generated tokens that were kept.")
         self.erased_tokens = self._counter("e3rl_erased_tokens", "Generated tokens that were erased.")
         self.erasures = self._counter("e3rl_erasures", "Segments that were erased.")
+        self.restorations = self._counter(
+            "e3rl_restorations", "Erased segments that were accepted after all, because their erasures were spent."
+        )
         self.reused_prefix_tokens = self._counter(
             "e3rl_reused_prefix_tokens", "Tokens that the prefix cache gave back after an erasure."
         )
         self.resubmissions = self._counter(
             "e3rl_resubmissions", "Groups that were given to another replica because theirs died."
+        )
+        self.non_finite = self._counter(
+            "e3rl_non_finite_logits", "Requests that failed because the weights gave logits that are not finite."
         )
         self.syncs = Counter("e3rl_weight_syncs", "Weight syncs.", ["result"], registry=self.registry)
 

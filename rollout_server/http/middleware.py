@@ -71,13 +71,13 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", scope[REQUEST_ID].encode())]
             await send(message)
 
         try:
             await self._app(scope, receive, sending)
         finally:
-            self._finished(scope, status, request_id, time.perf_counter() - started)
+            self._finished(scope, status, scope[REQUEST_ID], time.perf_counter() - started)
 
     def _finished(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")

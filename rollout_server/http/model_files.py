@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from common.manifest import MANIFEST, DamagedError, verify_manifest
 from rollout_server.http.command_line import UsageError
 from rollout_server.http.settings import ServerSettings
 
@@ -39,6 +40,14 @@ def read_model(settings: ServerSettings) -> tuple[dict[str, Any], Any]:
 
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     source = settings.model
+    if (Path(source) / MANIFEST).is_file():
+        try:
+            verify_manifest(Path(source))
+        except DamagedError as error:
+            raise UsageError(
+                f"--model {source} is not what a run exported: {error}. If it was changed on purpose, delete its "
+                f"{MANIFEST}"
+            ) from error
     try:
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

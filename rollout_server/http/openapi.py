@@ -16,6 +16,7 @@ _EXPLANATIONS = {
     401: "No valid API key.",
     404: "No such model.",
     408: "The body did not arrive in time.",
+    409: "The version is not newer than what has been served.",
     413: "The body is too long.",
     429: "Too many requests wait; `Retry-After` says when to try again.",
     431: "The headers are too long.",
@@ -56,8 +57,12 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def streamed(media_type: str, model: type[BaseModel], text: str) -> dict[str, Any]:
-    """The description of status 200 of a route that can stream `model`s."""
+    """The description of status 200 of a route that can stream `model`s: lines, or the data of server-sent events."""
     schema = {"type": "string", "description": text, "x-each": {"$ref": REFERENCE.format(model=model.__name__)}}
+    if media_type == "text/event-stream":
+        # What is described of such a stream is one event.
+        event = {"event": {"const": "message"}, "data": schema}
+        schema = {"type": "object", "properties": event, "required": ["data"]}
     return {"content": {media_type: {"schema": schema}}}
 
 
@@ -78,6 +83,10 @@ class DescribedApp(FastAPI):
         components = result.setdefault("components", {}).setdefault("schemas", {})
         _, definitions = models_json_schema(self._modes, ref_template=REFERENCE)
         components.update(definitions.get("$defs", {}))
+        for operations in result["paths"].values():
+            for operation in operations.values():
+                # FastAPI's, of routes with parameters; errors are 400 here.
+                operation["responses"].pop("422", None)
         if self._needs_key:
             result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in result["paths"].items():

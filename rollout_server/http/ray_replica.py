@@ -16,6 +16,7 @@ from common.weights import WeightUpdate
 from rollout_server.http.replicas import EngineFacts, ReplicaLost
 
 if TYPE_CHECKING:
+    from rollout_server.http.choice import PromptScores
     from rollout_server.rollback import Listener, TopLogprobs
 
 log = logging.getLogger("e3rl.replicas")
@@ -44,6 +45,9 @@ class _Recorder:
 
     def judged(self, attempt: Attempt, final: bool) -> None:
         self._outbox.put((self._key, "judged", (attempt, final)))
+
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        self._outbox.put((self._key, "restored", (attempt, kept, final)))
 
 
 class _Outbox:
@@ -96,6 +100,9 @@ class ReplicaActor:
         finally:
             del self._tasks[key]
 
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+        return await self._replica.score(prompt_token_ids, top, cache_salt)
+
     async def cancel(self, key: int) -> None:
         """End a response; no error if it has ended."""
         task = self._tasks.get(key)
@@ -111,6 +118,9 @@ class ReplicaActor:
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         return await self._replica.sync(update, deadline_seconds)
+
+    async def reset_prefix_cache(self) -> bool:
+        return await self._replica.reset_prefix_cache()
 
     async def pause(self, mode: str) -> None:
         await self._replica.pause(mode)
@@ -202,6 +212,12 @@ class RayReplica:
         elif listener is not None:
             getattr(listener, name)(*value)
 
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+        if self._polling is None or self._polling.done():
+            raise ReplicaLost(f"replica {self._number} is not running")
+        scores: PromptScores = await self._call(self._actor.score.remote(prompt_token_ids, top, cache_salt))
+        return scores
+
     async def probe(self) -> None:
         if self._polling is None or self._polling.done():
             raise ReplicaLost(f"replica {self._number} is not running")
@@ -210,6 +226,9 @@ class RayReplica:
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         checksum: str = await self._call(self._actor.sync.remote(update, deadline_seconds))
         return checksum
+
+    async def reset_prefix_cache(self) -> bool:
+        return bool(await self._call(self._actor.reset_prefix_cache.remote()))
 
     async def pause(self, mode: str) -> None:
         await self._call(self._actor.pause.remote(mode))

@@ -11,10 +11,12 @@ from common.weights import WeightUpdate
 from rollout_server.http.errors import ApiError, unavailable
 
 if TYPE_CHECKING:
+    from rollout_server.http.choice import PromptScores
     from rollout_server.rollback import Listener
 
 log = logging.getLogger("e3rl.replicas")
 MAX_REASON_CHARACTERS = 500
+MAX_VERSION = 2**63 - 1
 RESTART_PAUSE_SECONDS = 1.0
 
 
@@ -32,13 +34,21 @@ class NoWeights(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a started engine says of itself. `defaults`: sampling parameters of the model's generation config."""
+    """What a started engine says of itself. `defaults`: sampling parameters of the model's generation config.
+
+    `sentinel_ids`: tokens that no monitored response can hold.
+    """
 
     version: int
     max_length: int
     eos_token_ids: tuple[int, ...]
     vocabulary: int
     defaults: dict[str, float]
+    sentinel_ids: tuple[int, ...] = ()
+
+
+class RequestRefused(Exception):
+    """The engine cannot do what a request asks for; the message is for the client."""
 
 
 class Replica(Protocol):
@@ -55,12 +65,20 @@ class Replica(Protocol):
         """
         ...
 
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+        """Log-probs and ranks of a prompt's tokens and of the `top` likeliest in their places."""
+        ...
+
     async def probe(self) -> None:
         """Raises unless the engine answers."""
         ...
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         """Load weights; the checksum of what is then held. What is paused stays so."""
+        ...
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; false while a request holds some."""
         ...
 
     async def pause(self, mode: str) -> None: ...
@@ -72,7 +90,12 @@ class Replica(Protocol):
 
 @dataclass(slots=True)
 class Member:
-    """A replica in the set. `error`: why it does not generate; null if it does."""
+    """A replica in the set. `error`: why it does not generate; null if it does.
+
+    `version`, `checksum`: what it holds; without a checksum what it was started with, or after a failed sync nothing.
+    `gave_up`: it died and is restarted no more. `non_finite_version`: of the last weights here whose logits were not
+    finite.
+    """
 
     number: int
     replica: Replica
@@ -85,12 +108,23 @@ class Member:
     sync_error: str | None = None
     synced: bool = False
     restarts: int = 0
+    gave_up: bool = False
+    non_finite_version: int | None = None
+
+
+class Kept(Protocol):
+    """Weights that can be loaded again, whatever becomes of the checkpoint that they are from."""
+
+    def path(self) -> str:
+        """Where a replica finds the file now."""
+        ...
 
 
 class ReplicaSet:
     """Routes groups to replicas, restarts those that die and keeps all on the same weights.
 
-    A restarted replica gets the current weights before it is given requests.
+    `update`, `kept`: the newest weights that any replica has loaded. A restarted replica gets them before it is given
+    requests, and one that did not load them is restarted, so that the versions that are served never fall.
     """
 
     def __init__(
@@ -99,11 +133,14 @@ class ReplicaSet:
         self.members = [Member(number, replica) for number, replica in enumerate(replicas)]
         self.facts: EngineFacts | None = None
         self.update: WeightUpdate | None = None
+        self.kept: Kept | None = None
         self.paused: str | None = None
         self.max_restarts_in_a_row = 5
         self._start_seconds = start_seconds
         self._sync_seconds = sync_seconds
         self._probe_seconds = probe_seconds
+        self._newest_served = 0
+        self._newest_tried = 0
         self._restarting: dict[int, asyncio.Task[None]] = {}
         self._changing = asyncio.Lock()
 
@@ -115,7 +152,13 @@ class ReplicaSet:
         for member, known in zip(self.members, facts, strict=True):
             member.version = known.version
             member.error = None
+        self._newest_served = self._newest_tried = facts[0].version
         return facts[0]
+
+    @property
+    def version(self) -> int:
+        """The oldest version that is served; if nothing is, the oldest that is held."""
+        return min(member.version for member in self.ready or self.members)
 
     @property
     def ready(self) -> list[Member]:
@@ -141,9 +184,12 @@ class ReplicaSet:
 
     def lost(self, member: Member) -> None:
         """A call found the replica dead: restart it, once however many calls find so."""
-        if member.number not in self._restarting:
-            member.error = "died and is being restarted"
-            log.error("replica %d died; restarting it", member.number)
+        self._restart_soon(member, "died and is being restarted")
+
+    def _restart_soon(self, member: Member, why: str) -> None:
+        if member.number not in self._restarting and not member.gave_up:
+            member.error = why
+            log.error("replica %d %s", member.number, why)
             self._restarting[member.number] = asyncio.create_task(self._restart(member))
 
     async def _restart(self, member: Member) -> None:
@@ -160,6 +206,7 @@ class ReplicaSet:
                     log.info("replica %d is back with policy version %d", member.number, member.version)
                     return
             member.error = f"died and could not be restarted {self.max_restarts_in_a_row} times"
+            member.gave_up = True
         finally:
             del self._restarting[member.number]
 
@@ -169,8 +216,9 @@ class ReplicaSet:
             facts = await member.replica.start()
         async with self._changing:
             member.version = facts.version
-            if self.update is not None:
-                await self._load(member, self.update)
+            member.checksum = None
+            if self.update is not None and self.kept is not None:
+                await self._load(member, self.update.model_copy(update={"path": self.kept.path()}))
                 if member.sync_error is not None:
                     raise ReplicaLost(member.sync_error)
             if self.paused is not None:
@@ -192,22 +240,73 @@ class ReplicaSet:
             return member.error
         return None
 
-    async def sync(self, prepare: Callable[[], Awaitable[WeightUpdate]]) -> WeightUpdate:
-        """Load what `prepare` makes into all replicas; raises unless each reports its checksum. A pause lasts on.
+    def check_version(self, version: int | None) -> None:
+        """Raises `ApiError`: 409 if weights of this version cannot be the next ones."""
+        if version is not None and version < self._newest_served:
+            raise _conflict(f"version {self._newest_served} has been served, and versions never fall: not {version}")
+
+    async def sync(self, update: WeightUpdate, kept: Kept, version: int | None) -> WeightUpdate:
+        """Load `update` into all replicas as `version`, or as the next one. A pause lasts on.
+
+        Returns once every replica that serves holds it; those that are restarting are waited for.
 
         Raises:
-            ApiError: 503 with what each failed replica said.
+            ApiError: 409 if the version is not newer than what has been served; 503 with what each replica said that
+                does not hold the weights. If another one does, it will be restarted with them.
         """
-        async with self._changing:
-            update = await prepare()
-            running = [member for member in self.members if member.number not in self._restarting]
-            await asyncio.gather(*(self._load(member, update) for member in running))
-            failed = [member for member in running if member.sync_error is not None]
-            if failed:
-                reasons = "; ".join(f"replica {m.number}: {m.sync_error}" for m in failed)
-                raise ApiError(503, f"weights were not loaded: {reasons}", code="weight_sync_failed")
-            self.update = update
-            return update
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._sync_seconds
+        while True:
+            async with self._changing:
+                numbered = update.model_copy(update={"version": self._number(update, version)})
+                if running := self._running():
+                    await self._load_all(running, numbered, kept)
+                    break
+            await self._restarted(deadline, numbered)
+        await self._restarted(deadline, numbered)
+        return numbered
+
+    def _running(self) -> list[Member]:
+        """All that can be given weights, those without complete ones too."""
+        return [m for m in self.members if m.number not in self._restarting and not m.gave_up]
+
+    def _number(self, update: WeightUpdate, version: int | None) -> int:
+        if version is None:
+            if self._newest_tried >= MAX_VERSION:
+                raise _conflict(f"version {MAX_VERSION} was the last one that there is")
+            return self._newest_tried + 1
+        self.check_version(version)
+        known = self.update
+        again = known is not None and (known.version, known.checksum) == (version, update.checksum)
+        if version == self._newest_served and not again:
+            raise _conflict(f"version {version} has been served with other weights")
+        return version
+
+    async def _load_all(self, members: list[Member], update: WeightUpdate, kept: Kept) -> None:
+        self._newest_tried = max(self._newest_tried, update.version)
+        await asyncio.gather(*(self._load(member, update) for member in members))
+        failed = [member for member in members if member.sync_error is not None]
+        if len(failed) < len(members):
+            self.update, self.kept = update, kept
+            for member in failed:
+                self._restart_soon(member, f"did not load version {update.version} and is being restarted with it")
+        if failed:
+            reasons = "; ".join(f"replica {m.number}: {m.sync_error}" for m in failed)
+            raise ApiError(503, f"weights were not loaded: {reasons}", code="weight_sync_failed")
+
+    async def _restarted(self, deadline: float, update: WeightUpdate) -> None:
+        """Wait for all that are restarting. Raises `ApiError`: 503, some are not back by the deadline, or none is."""
+        loop = asyncio.get_running_loop()
+        while self._restarting and loop.time() < deadline:
+            tasks = list(self._restarting.values())
+            await asyncio.wait(tasks, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+        late = [member for member in self.members if member.number in self._restarting]
+        if not late and not self._running():
+            late = self.members
+        if late:
+            reasons = "; ".join(f"replica {member.number} {member.error}" for member in late)
+            what = f"version {update.version} is not everywhere"
+            raise ApiError(503, f"{what}: {reasons}", code="weight_sync_failed", headers={"Retry-After": "5"})
 
     async def _load(self, member: Member, update: WeightUpdate) -> None:
         loop = asyncio.get_running_loop()
@@ -220,10 +319,15 @@ class ReplicaSet:
         except Exception as error:
             log.exception("replica %d did not load policy version %d", member.number, update.version)
             member.sync_error = _why(error, update)
-            member.error = "holds no complete weights: its last sync failed"
+            member.checksum = None
+            if member.number not in self._restarting:
+                member.error = "holds no complete weights: its last sync failed"
+            if isinstance(error, ReplicaLost):
+                self.lost(member)
         else:
             member.sync_error = None
             member.version = update.version
+            self._newest_served = max(self._newest_served, update.version)
             if member.number not in self._restarting:
                 member.error = None
         member.sync_seconds = loop.time() - started
@@ -233,6 +337,11 @@ class ReplicaSet:
         while True:
             await asyncio.sleep(every_seconds)
             await asyncio.gather(*(self.probe(member) for member in self.ready))
+
+    async def reset_prefix_cache(self) -> bool:
+        """Whether all replicas forgot their cached prefixes; a restart forgets those of the dead."""
+        async with asyncio.timeout(self._sync_seconds):
+            return all(await asyncio.gather(*(member.replica.reset_prefix_cache() for member in self.ready)))
 
     async def pause(self, mode: str) -> None:
         """Stop generating on all replicas; after a `TimeoutError` nothing new is generated either, until `resume`."""
@@ -256,15 +365,18 @@ class ReplicaSet:
                 if member.error is None:
                     self.lost(member)
 
-        running = [member for member in self.members if member.number not in self._restarting]
         async with asyncio.timeout(self._sync_seconds):
-            await asyncio.gather(*map(on_one, running))
+            await asyncio.gather(*map(on_one, self._running()))
 
     async def close(self) -> None:
         """Stop all replicas."""
         for task in list(self._restarting.values()):
             task.cancel()
         await asyncio.gather(*(m.replica.close() for m in self.members), return_exceptions=True)
+
+
+def _conflict(message: str) -> ApiError:
+    return ApiError(409, message, param="policy_version", code="version_not_newer")
 
 
 def _why(error: Exception, update: WeightUpdate) -> str:

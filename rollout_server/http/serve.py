@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from common.config.run import EngineConfig, ModelConfig
+from common.sentinels import NoSentinelsError, model_sentinels
 from rollout_server.http.admin import WeightLoader, admin_app
 from rollout_server.http.app import public_app
 from rollout_server.http.command_line import UsageError
@@ -92,11 +93,15 @@ async def start_service(settings: ServerSettings) -> tuple[Service, WeightLoader
     """Start the replicas and what stands in front of them.
 
     Raises:
-        UsageError: the model cannot be found or read.
+        UsageError: the model cannot be found or read, or has no token ids for sentinels.
         StartError: a replica did not start.
     """
     model, tokenizer = await asyncio.to_thread(read_model, settings)
     model_config, engine_config = configs(settings, model)
+    try:
+        await asyncio.to_thread(model_sentinels, model_config)
+    except NoSentinelsError as error:
+        raise UsageError(str(error)) from error
     replicas = ReplicaSet(
         make_replicas(settings, model_config, engine_config),
         start_seconds=settings.start_seconds,
@@ -170,6 +175,12 @@ async def _all_accepting(listeners: list[Listener]) -> None:
         await listener.accepting.wait()
 
 
+def named_token(tokenizer: Any, token_id: int) -> str:
+    """A token id with its token's text, if it has a token."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    return f"{token_id} (no token)" if token is None else f"{token_id} ({token})"
+
+
 def banner(settings: ServerSettings, service: Service, public: str, admin: str, seconds: float) -> str:
     """What is printed when the server is ready."""
     policy = settings.erasure.model_dump_json(exclude_none=True) if settings.erasure_enabled else "off"
@@ -181,6 +192,7 @@ def banner(settings: ServerSettings, service: Service, public: str, admin: str, 
         ("policy version", str(service.facts.version)),
         ("replicas", f"{settings.replicas} x {settings.max_concurrent_responses} responses at a time"),
         ("longest sequence", f"{service.facts.max_length} tokens"),
+        ("sentinels", ", ".join(named_token(service.tokenizer, token) for token in service.facts.sentinel_ids)),
         ("erasure", policy),
         ("keys", str(len(settings.api_key)) if settings.api_key else "none needed"),
     ]

@@ -2,16 +2,18 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
-from common.trajectory import ResponseRequest
+from common.trajectory import NO_EXTRAS, ResponseRequest, SamplingExtras
 from rollout_server.http.admission import Admission
 from rollout_server.http.choice import Choice, ChoiceOptions
-from rollout_server.http.detokenize import TextCursor, TokenTexts
+from rollout_server.http.detokenize import TextCursor, TextOptions, TokenTexts
 from rollout_server.http.errors import ApiError, bad_request, from_validation
+from rollout_server.http.extras import check_extras
 from rollout_server.http.generation import Generation
 from rollout_server.http.metrics import ServerMetrics
 from rollout_server.http.replicas import EngineFacts, ReplicaSet
@@ -53,6 +55,9 @@ class RequestObserver:
         if self._tracing is not None and self._span is not None:
             self._tracing.attempt(self._span, choice.index, segment, started, ended)
 
+    def restored(self) -> None:
+        self._metrics.restorations.inc()
+
 
 class Service:
     """One server. `under_way`: tasks of requests that generate.
@@ -86,7 +91,7 @@ class Service:
         watch("e3rl_responses_active", "Places that generating requests hold.", lambda: self.admission.busy)
         watch("e3rl_replicas_ready", "Replicas that generate.", lambda: len(self.replicas.ready))
         watch("e3rl_replica_restarts", "Restarts of replicas.", lambda: sum(m.restarts for m in members))
-        watch("e3rl_policy_version", "Oldest version that a replica holds.", lambda: min(m.version for m in members))
+        watch("e3rl_policy_version", "Oldest version that a replica holds.", lambda: self.replicas.version)
 
     @property
     def facts(self) -> EngineFacts:
@@ -121,9 +126,16 @@ class Service:
                 )
             self._delimiters.add(delimiter)
 
-    def check_temperature(self, policy: ErasurePolicy | None, temperature: float) -> None:
-        """400 if erasure would bring back what it erased."""
-        if policy is not None and temperature == 0.0 and policy.retry_temperature is None:
+    def check_extras(self, extras: SamplingExtras, policy: ErasurePolicy | None) -> None:
+        """400 for sampling parameters that this model cannot have."""
+        if extras != NO_EXTRAS:
+            check_extras(extras, policy, self.facts, self.tokenizer)
+
+    def check_temperature(self, policy: ErasurePolicy | None, temperature: float, max_tokens: int) -> None:
+        """400 if erasure would bring back what it erased, in a response of at most `max_tokens`."""
+        if policy is None or not policy.can_erase(max_tokens):
+            return
+        if temperature == 0.0 and policy.retry_temperature is None:
             raise bad_request(
                 "temperature 0 would bring an erased segment back unchanged: give erasure.retry_temperature, "
                 "or set erasure.enabled to false",
@@ -155,14 +167,15 @@ class Service:
             )
         return max_tokens or min(room, default or room)
 
-    def choice_maker(self, observer: RequestObserver, options: ChoiceOptions, stops: tuple[str, ...]) -> Any:
-        """Makes the choices of a request."""
+    def choice_maker(self, observer: RequestObserver, options: ChoiceOptions, text: TextOptions) -> Any:
+        """Makes the choices of a request; which tokens are silent is each response's own."""
         backend = self.tokenizer.backend_tokenizer
-        ends = frozenset(self.facts.eos_token_ids)
+        ends = self.facts.eos_token_ids
+        options = replace(options, end_token_id=self.tokenizer.eos_token_id)
 
         def make(index: int, request: ResponseRequest, changed: Any) -> Choice:
-            silent: frozenset[int] = frozenset() if request.ignore_eos else ends
-            cursor = TextCursor(backend, request.prompt_token_ids, stops, silent)
+            silent = () if text.include_stop_str_in_output else request.stop_ids(ends)
+            cursor = TextCursor(backend, request.prompt_token_ids, replace(text, silent=frozenset(silent)))
             return Choice(index, request, cursor, options, observer, changed)
 
         return make

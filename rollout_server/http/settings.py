@@ -81,7 +81,7 @@ class ServerSettings(BaseSettings):
     )
     trust_remote_code: bool = _model(False, "Run code that comes with the model.")
     sentinel_ids: TokenIds = _model(
-        None, "Two token ids A,B that the tokenizer never produces (default: found in the model)."
+        None, "Two token ids A,B that responses never hold (default: unused ones, found in the model)."
     )
 
     host: str = _listeners("127.0.0.1", "Address of the public listener.")

@@ -10,6 +10,7 @@ rest is written in what both spell alike.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,16 @@ class SegmentMonitor:
         """Slots that exist."""
         return len(self._forced)
 
-    def add_token_table(self, token_ids: torch.Tensor) -> int:
-        """A table of the tokens that end a segment or a response; returns the row that names it. Row 0 is empty."""
+    def add_token_table(self, token_ids: torch.Tensor, replaced: int | None = None) -> int:
+        """A table of the tokens that end a segment or a response; returns the row that names it. Row 0 is empty.
+
+        `replaced`: the row of a table that no slot needs any more.
+        """
         row = self._zeros(1, self.vocabulary, dtype=self._xp.bool)
         row[0, self._array(token_ids, self._xp.int64)] = True
+        if replaced is not None:
+            self._token_tables[replaced] = row[0]
+            return replaced
         self._token_tables = self._xp.concatenate([self._token_tables, row])
         return len(self._token_tables) - 1
 
@@ -138,7 +145,7 @@ class SegmentMonitor:
                 policy.segmentation.min_length, policy.segmentation.max_length, spec.limit,
                 spec.delimiters, spec.stops, spec.group, spec.prior,
                 policy.max_erasures if spec.erasable else 0, spec.erased_limit,
-                policy.observe == "all", policy.signal == "entropy",
+                policy.observe == "all", policy.signal == "entropy", policy.statistics == "index",
             ],
             self._xp.int64,
         )  # fmt: skip
@@ -149,6 +156,7 @@ class SegmentMonitor:
                 policy.kappa, policy.gamma, policy.eta,
                 math.nan if policy.threshold is None else policy.threshold,
                 policy.prior_strength, spec.temperature, retry, spec.engine_temperature,
+                policy.min_uncertainty, spec.best,
             ]
         )  # fmt: skip
         self._count[slot] = 0
@@ -191,7 +199,7 @@ class SegmentMonitor:
         segmentation = spec.policy.segmentation
         for name in tokens:
             setattr(self, name, _grown(getattr(self, name), 1, min(segmentation.max_length, spec.limit)))
-        segments = -(-spec.limit // segmentation.min_length)
+        segments = -(-spec.limit // segmentation.min_length) if spec.policy.statistics == "index" else 1
         self._groups = _grown(self._groups, 1, segments)
         self._priors = _grown(self._priors, 1, segments)
 
@@ -272,27 +280,36 @@ class SegmentMonitor:
 
         Segments that end in the same step see each other, whatever their order in the batch.
         """
-        group, segment = ints[:, Int.GROUP], ints[:, Int.SEGMENT]
+        group, place = ints[:, Int.GROUP], ints[:, Int.SEGMENT] * ints[:, Int.BY_INDEX]
         observed = ended & ((ints[:, Int.ATTEMPT] == 0) | (ints[:, Int.OBSERVE_ALL] > 0))
         # Of weights that overflowed nothing is learnt: it would outlast them.
         observed &= uncertainty.isfinite()
         moments = columns([torch.ones_like(uncertainty), uncertainty, uncertainty**2])
         moments = torch.where(observed[:, None], moments, 0.0)
-        self._groups.index_put_((group, segment), moments, accumulate=True)
-        n, total, squares = self._groups[group, segment].T
+        self._groups.index_put_((group, place), moments, accumulate=True)
+        n, total, squares = self._groups[group, place].T
         mean = total / n.clip(1.0)
         variance = (squares / n.clip(1.0) - mean**2).clip(0.0)
-        known, prior_mean, prior_second = self._priors[ints[:, Int.PRIOR], segment].T
+        known, prior_mean, prior_second = self._priors[ints[:, Int.PRIOR], place].T
         strength = known * reals[:, Real.PRIOR_STRENGTH]
         prior_variance = (prior_second - prior_mean**2).clip(0.0)
         return columns([n, mean, variance, strength, prior_mean, prior_variance])
 
-    def prepare(self, slots: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | None) -> None:
+    def prepare(
+        self,
+        slots: torch.Tensor,
+        logits: torch.Tensor,
+        rows: torch.Tensor | None,
+        adjust: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor | None:
         """Keep what is needed of the logits and force sentinels, in place, before the engine samples.
 
         `logits` float32 `[batch, vocabulary]`; `slots` `[rows]` are the followed rows, `rows` where they are in the
-        batch (None: they are the batch). The distribution that is measured is the model's own: before sentinels are
-        masked and before temperature.
+        batch (None: they are the batch). The distribution that is measured is the model's own: before `adjust` changes
+        the rows `[rows, vocabulary]` in place, before sentinels are masked and before temperature.
+
+        Returns which rows `[rows]` got logits that are not finite: they are forced to the finish sentinel. None if it
+        is known that there are none.
         """
         own = logits if rows is None else logits[rows]
         own_slots = self._own(slots)
@@ -302,6 +319,7 @@ class SegmentMonitor:
         torch.log_softmax(own, 1, out=logprobs)
         self._rows_used = len(own)
         self._row[own_slots] = self._xp.arange(len(own), device="cpu" if self.on_host else self.device)
+        broken = self._end_broken(own_slots, logprobs)
         if self._entropic:
             self._entropy[own_slots] = self._own(-(logprobs.exp() * logprobs).nan_to_num(0.0).sum(dim=1))
         temperature = None
@@ -309,6 +327,8 @@ class SegmentMonitor:
             temperature = self._tensor(self._temperature(self._ints[own_slots], self._reals[own_slots])).float()
             tempered = logprobs / temperature.clamp(min=1e-5).unsqueeze(1)
             self._behaviour_normaliser[own_slots] = self._own(tempered.logsumexp(dim=1))
+        if adjust is not None:
+            adjust(own)
         # Before the best token is looked for: it must not be a sentinel.
         own.index_fill_(1, self._sentinel_ids, -math.inf)
         if self._retempered and temperature is not None:
@@ -319,6 +339,24 @@ class SegmentMonitor:
                 logits.copy_(own)
             else:
                 logits[rows] = own
+        return broken
+
+    def _end_broken(self, slots: Array, logprobs: torch.Tensor) -> torch.Tensor | None:
+        """Force slots to their end whose log-probs are not numbers, but not those that are at their end anyway.
+
+        One logit that is NaN or infinite, or none above -inf, makes the normaliser NaN, and with it all of the row.
+        """
+        finish = self.sentinels[1]
+        if not self.on_host:
+            broken: torch.Tensor = logprobs[:, 0].isnan() & (self._forced[slots] < 0)
+            self._forced[slots] = torch.where(broken, finish, self._forced[slots])
+            return broken
+        nan = np.isnan(logprobs[:, 0].numpy())
+        if not nan.any():
+            return None
+        nan &= self._forced[slots] < 0
+        self._forced[slots[nan]] = finish
+        return torch.from_numpy(nan)
 
     def _retemper(self, slots: Array, own: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Scale rows whose temperature in force is not the one that the engine applies; 0 leaves only the best."""

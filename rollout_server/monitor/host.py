@@ -106,15 +106,15 @@ def observe(
         counts = ints[slot, INT.ATTEMPT] == 0 or ints[slot, INT.OBSERVE_ALL] > 0
         # Of weights that overflowed nothing is learnt: it would outlast them.
         if counts and math.isfinite(uncertainty):
-            moments = groups[ints[slot, INT.GROUP], ints[slot, INT.SEGMENT]]
+            moments = groups[ints[slot, INT.GROUP], _place(ints[slot])]
             moments[0] += 1.0
             moments[1] += uncertainty
             moments[2] += uncertainty**2
     for i in range(ended):
         slot = judged[i]
         own = ints[slot]
-        group = groups[own[INT.GROUP], own[INT.SEGMENT]]
-        prior = priors[own[INT.PRIOR], own[INT.SEGMENT]]
+        group = groups[own[INT.GROUP], _place(own)]
+        prior = priors[own[INT.PRIOR], _place(own)]
         fields[i, FIELD.TEMPERATURE] = _temperature(own, reals[slot])
         erased = _judge(count[slot], own, past[slot], reals[slot], group, prior, fields[i])
         position = own[INT.START] + count[slot]
@@ -137,6 +137,12 @@ def observe(
 def _temperature(ints: Array, reals: Array) -> Any:
     """In force: the retry temperature while a segment is regenerated."""
     return reals[REAL.RETRY_TEMPERATURE] if ints[INT.ATTEMPT] > 0 else reals[REAL.TEMPERATURE]
+
+
+@compiled
+def _place(ints: Array) -> Any:
+    """Where the statistics of the segment under way are: at its index, or at the one place for all."""
+    return ints[INT.SEGMENT] if ints[INT.BY_INDEX] else 0
 
 
 @compiled
@@ -167,7 +173,7 @@ def _uncertainty(signal: Array, window: int, reals: Array, fields: Array) -> Non
 def _judge(count: int, ints: Array, past: Array, reals: Array, group: Array, prior: Array, fields: Array) -> Any:
     """Threshold and verdict of a segment of `count` tokens, into `fields`; an accepted one becomes `past`.
 
-    `group`: observations, sum and sum of squares of U at this index. `prior`: whether known, mean, second moment.
+    `group`: observations, sum and sum of squares of U. `prior`: whether known, mean, second moment.
     """
     observed = max(group[0], 1.0)
     n, mean = group[0], group[1] / observed
@@ -189,11 +195,10 @@ def _judge(count: int, ints: Array, past: Array, reals: Array, group: Array, pri
     if math.isnan(threshold):
         threshold = baseline * penalty * modulation
     uncertainty = fields[FIELD.UNCERTAINTY]
-    erased = (
-        uncertainty > threshold
-        and attempt < ints[INT.MAX_ERASURES]
-        and ints[INT.ERASED] + count <= ints[INT.ERASED_LIMIT]
-    )
+    exceeds = uncertainty > threshold and uncertainty >= reals[REAL.MIN_UNCERTAINTY]
+    allowed = attempt < ints[INT.MAX_ERASURES] and ints[INT.ERASED] + count <= ints[INT.ERASED_LIMIT]
+    gives_way = attempt > 0 and reals[REAL.BEST] < uncertainty
+    erased = exceeds and (allowed or gives_way)
     fields[FIELD.SEGMENT], fields[FIELD.ATTEMPT] = ints[INT.SEGMENT], attempt
     fields[FIELD.START], fields[FIELD.END] = ints[INT.START], ints[INT.START] + count
     fields[FIELD.BASELINE], fields[FIELD.PENALTY], fields[FIELD.MODULATION] = baseline, penalty, modulation

@@ -83,12 +83,11 @@ def judge(
     modulation = 1.0 + reals[:, Real.ETA] * torch.tanh(score)
     fixed = reals[:, Real.THRESHOLD]
     threshold = torch.where(torch.isnan(fixed), baseline * penalty * modulation, fixed)
-    erased = (
-        ended
-        & (uncertainty > threshold)
-        & (attempt < ints[:, Int.MAX_ERASURES])
-        & (ints[:, Int.ERASED] + count <= ints[:, Int.ERASED_LIMIT])
-    )
+    exceeds = (uncertainty > threshold) & (uncertainty >= reals[:, Real.MIN_UNCERTAINTY])
+    within_budget = ints[:, Int.ERASED] + count <= ints[:, Int.ERASED_LIMIT]
+    allowed = (attempt < ints[:, Int.MAX_ERASURES]) & within_budget
+    gives_way = (attempt > 0) & (reals[:, Real.BEST] < uncertainty)
+    erased = ended & exceeds & (allowed | gives_way)
     fields = columns(
         [
             ints[:, Int.SEGMENT], attempt, ints[:, Int.START], ints[:, Int.START] + count,

@@ -1,5 +1,6 @@
 """How the monitor's state and its judgements are laid out in tensors, and what a slot must be told."""
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -12,7 +13,10 @@ NO_SENTINEL = -1
 
 
 class Int(IntEnum):
-    """Columns of the integer state of a slot. `START`: of the segment under way."""
+    """Columns of the integer state of a slot.
+
+    `START`: of the segment under way. `BY_INDEX`: whether statistics are by its index, or of all segments.
+    """
 
     START = 0
     SEGMENT = 1
@@ -30,6 +34,7 @@ class Int(IntEnum):
     ERASED_LIMIT = 13
     OBSERVE_ALL = 14
     USES_ENTROPY = 15
+    BY_INDEX = 16
 
 
 class Past(IntEnum):
@@ -41,7 +46,7 @@ class Past(IntEnum):
 
 
 class Real(IntEnum):
-    """Columns of a slot's policy."""
+    """Columns of a slot's policy, and of what was before: `BEST`, as `SlotSpec.best`."""
 
     BASE = 0
     EXTREME = 1
@@ -54,10 +59,15 @@ class Real(IntEnum):
     TEMPERATURE = 8
     RETRY_TEMPERATURE = 9
     ENGINE_TEMPERATURE = 10
+    MIN_UNCERTAINTY = 11
+    BEST = 12
 
 
 class Field(IntEnum):
-    """Columns of a judgement, float64 `[judged, len(Field)]`."""
+    """Columns of a judgement, float64 `[judged, len(Field)]`.
+
+    `ERASED`: also where no erasure was left, but an earlier attempt is to be kept in this one's place.
+    """
 
     SEGMENT = 0
     ATTEMPT = 1
@@ -94,6 +104,7 @@ class SlotSpec:
     `position`: committed tokens so far. `limit`: the response's token limit. `erasable` false: monitored only.
     `engine_temperature`: what the engine divides logits by after this processor; it differs from the temperature in
     force where segments are regenerated at their own. `delimiters`, `stops`: rows of the token tables.
+    `best`: the least uncertainty of earlier attempts at the segment, if one of them may be kept in place of the last.
     """
 
     policy: ErasurePolicy
@@ -111,6 +122,7 @@ class SlotSpec:
     stops: int
     group: int
     prior: int
+    best: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

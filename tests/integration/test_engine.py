@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from common.config import ErasurePolicy, FixedSegmentation
 from common.trajectory import Attempt, ResponseRequest
 from rollout_server.engine import PromptTooLong
+from rollout_server.submission import statistics_kind
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
 from tests.models import tiny_qwen3
 
@@ -96,10 +98,11 @@ def test_regenerated_segments_are_sampled_at_the_retry_temperature(
 def test_after_a_greedy_response_regenerates_a_segment_it_is_greedy_again(
     engine: RunningEngine, reference: ReferenceModel
 ) -> None:
-    # Segments of a greedy group differ between prompts only, so a prior is what judges them.
+    # Segments of a greedy group differ between prompts only, so a prior of earlier groups is what judges them.
     policy = POLICY.model_copy(update={"retry_temperature": 0.8, "kappa": -1.0, "max_erasures": 1})
-    requests = group_requests(12, 2, max_tokens=48, seed=5, policy=policy, temperature=0.0, ignore_eos=True)
-    trajectories = engine.generate(requests)
+    greedy: dict[str, Any] = {"max_tokens": 48, "policy": policy, "temperature": 0.0, "ignore_eos": True}
+    engine.generate(group_requests(4, 2, seed=4, **greedy))
+    trajectories = engine.generate(group_requests(12, 2, seed=5, **greedy))
     retried = greedy_after_retry = 0
     for trajectory in trajectories:
         best = reference.logits(trajectory.prompt_token_ids, trajectory.token_ids)
@@ -221,8 +224,9 @@ def test_priors_carry_over_to_a_restarted_engine(engine: RunningEngine, path: Pa
     with running_engine(path, max_concurrent_responses=8) as other:
         other.run(other.engine.restore_priors(priors))
         assert other.run(other.engine.priors()) == priors
-        (first, *_) = other.generate(group_requests(1, 2, max_tokens=8, seed=17, policy=POLICY, ignore_eos=True))
+        requests = group_requests(1, 2, max_tokens=8, seed=17, policy=POLICY, ignore_eos=True)
+        (first, *_) = other.generate(requests)
     statistics = first.attempts[0].judgement.statistics
     assert statistics.prior_strength == POLICY.prior_strength
-    (known,) = [values for key, values in priors.items() if '"length":8' in key]
+    known = priors[statistics_kind(requests[0], POLICY)]
     assert statistics.prior_mean == pytest.approx(known[0][1])

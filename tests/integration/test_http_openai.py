@@ -97,6 +97,74 @@ def test_stop(client: openai.OpenAI, server: ServerProcess) -> None:
     assert cut.finish_reason == "stop"
 
 
+def test_what_clients_always_send_and_trainers_ask_for(client: openai.OpenAI, server: ServerProcess) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    messages: Any = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {
+            "name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]  # fmt: skip
+    answer = client.chat.completions.create(
+        model=server.model, messages=messages, tools=[tool], tool_choice="auto", parallel_tool_calls=True, store=False,
+        metadata={"run": "1"}, service_tier="auto", presence_penalty=0.2, frequency_penalty=0, logit_bias={"65": 2},
+        logprobs=False, response_format={"type": "text"}, seed=3, max_completion_tokens=30, stop=None, n=2,
+        extra_body={
+            "erasure": ERASURE, "return_token_ids": True, "min_tokens": 8, "stop_token_ids": [*range(32)],
+            "repetition_penalty": 1.1, "skip_special_tokens": False, "include_stop_str_in_output": True,
+        },
+    )  # fmt: skip
+    assert (answer.model_extra or {})["prompt_token_ids"]
+    for choice in answer.choices:
+        extra: dict[str, Any] = choice.model_extra or {}
+        assert len(extra["token_ids"]) >= 8
+        assert not {*range(32)} & set(extra["token_ids"][:-1])
+        assert extra["erasure"]["erased_tokens"] > 0
+        if choice.finish_reason == "stop":
+            assert extra["stop_reason"] in (None, *range(32))
+    scored = client.completions.create(
+        model=server.model, prompt="Hello", max_tokens=0, echo=True, logprobs=1, best_of=1, logit_bias={}, suffix=None
+    )
+    logprobs = scored.choices[0].logprobs
+    assert logprobs is not None
+    assert scored.choices[0].text == "Hello"
+    assert logprobs.token_logprobs is not None
+    assert len(logprobs.token_logprobs) == 5
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes", "no"]}}}
+    constrained = client.chat.completions.create(
+        model=server.model, messages=messages, response_format=schema, extra_body={"erasure": {"enabled": False}}
+    )
+    assert constrained.choices[0].message.content in ('"yes"', '"no"')
+    with pytest.raises(openai.BadRequestError, match=r"erasure\.enabled to false"):
+        client.chat.completions.create(model=server.model, messages=messages, response_format=schema)
+
+
+UNUSABLE: dict[str, Any] = {
+    "no type": {"type": "nonsense"},
+    "a broken pattern": {"type": "string", "pattern": "([a"},
+    "a reference to nothing": {"$ref": "#/$defs/none"},
+    "what nothing fulfils": {"type": "integer", "minimum": 5, "maximum": 1},
+    "deep nesting": {"type": "array", "items": {}},
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_schema_costs_nobody_else_anything(server: ServerProcess, name: str) -> None:
+    schema = UNUSABLE[name]
+    if name == "deep nesting":
+        for _ in range(60):
+            schema = {"type": "array", "items": schema}
+    answer = server.post(
+        "/v1/completions",
+        prompt="a",
+        max_tokens=4,
+        response_format={"type": "json_schema", "json_schema": {"schema": schema}},
+        erasure={"enabled": False},
+    )
+    assert answer.status_code in (200, 400), answer.text
+    assert server.complete("a", max_tokens=2)["choices"]
+
+
 def test_models(client: openai.OpenAI, server: ServerProcess) -> None:
     assert [model.id for model in client.models.list()] == [server.model]
 

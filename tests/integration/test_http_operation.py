@@ -1,12 +1,14 @@
 """Running a server: load, disconnects, weights, pause, the OpenAPI schema, shutdown, and starts that must fail."""
 
 import asyncio
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +89,61 @@ def test_weights_are_synced_from_a_checkpoint_directory(
     names = sorted(tensors)
     save_file({name: tensors[name] for name in names[:7]}, sharded / "model-00001-of-00002.safetensors")
     save_file({name: tensors[name] for name in names[7:]}, sharded / "model-00002-of-00002.safetensors")
-    synced = server.admin_client.post("/weights/sync", json={"path": str(other), "policy_version": 5})
+    version = server.admin_client.get("/weights").json()["replicas"][0]["policy_version"] + 5
+    synced = server.admin_client.post("/weights/sync", json={"path": str(other), "policy_version": version})
     assert synced.status_code == 200, synced.text
     first = server.complete(**request)["choices"][0]
     again = server.admin_client.post("/weights/sync", json={"path": str(sharded)}).json()
-    assert again["policy_version"] == 6
+    assert again["policy_version"] == version + 1
     assert again["checksum"] == synced.json()["checksum"]
     weights = server.admin_client.get("/weights").json()["replicas"]
-    assert [(w["policy_version"], w["checksum"]) for w in weights] == [(6, again["checksum"])]
+    assert [(w["policy_version"], w["checksum"]) for w in weights] == [(version + 1, again["checksum"])]
     second = server.complete(**request)["choices"][0]
     assert first["token_ids"] == second["token_ids"] != before["token_ids"]
-    assert [choice["erasure"]["policy_version"] for choice in (first, second)] == [5, 6]
+    assert [choice["erasure"]["policy_version"] for choice in (first, second)] == [version, version + 1]
+    older = server.admin_client.post("/weights/sync", json={"path": str(http_model), "policy_version": version})
+    assert (older.status_code, older.json()["error"]["code"]) == (409, "version_not_newer")
     assert server.admin_client.post("/weights/sync", json={"path": str(http_model)}).status_code == 200
     restored = server.complete(**request)["choices"][0]
     assert restored["token_ids"] == before["token_ids"]
+
+
+def test_weights_that_overflow_are_an_error_that_names_them_and_leave_nothing(
+    server: ServerProcess, http_model: Path, tmp_path: Path
+) -> None:
+    prompts = [[7 * i % 256, 5, i] * 20 for i in range(30)]
+    greedy: dict[str, Any] = {
+        "prompt": prompts, "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+        "erasure": {"enabled": False},
+    }  # fmt: skip
+    before = [choice["token_ids"] for choice in server.complete(**greedy)["choices"]]
+    tensors = load_file(http_model / "model.safetensors")
+    overflowing = {name: t * 1e38 if "v_proj" in name else t for name, t in tensors.items()}
+    shutil.copy(http_model / "config.json", tmp_path)
+    save_file(overflowing, tmp_path / "model.safetensors")
+    version = server.admin_client.post("/weights/sync", json={"path": str(tmp_path)}).json()["policy_version"]
+    text = f"the weights of version {version} gave logits that are not finite"
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": "a" * 60, "erasure": erasure, "stream": stream, "logprobs": 2})
+        for erasure in ({"enabled": False}, {"threshold": 0.0}, {})
+        for stream in (False, True)
+    ]
+    bodies.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 60}]}))
+    group = {"prompt_id": "p", "prompt_token_ids": [1, 2, 3], "n": 4}
+    bodies += [
+        ("/v1/rollouts", {"groups": [group], "max_tokens": 30, "erasure": {"enabled": on}}) for on in (True, False)
+    ]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda call: server.post(call[0], **call[1]), bodies * 3))
+    for answer in answers:
+        assert "NaN" not in answer.text
+        assert answer.text.count(text) == 1
+        assert answer.status_code == 500 or answer.headers["content-type"] != "application/json"
+    assert server.admin_client.get("/weights").json()["replicas"][0]["non_finite_version"] == version
+    assert server.metric("e3rl_non_finite_logits_total") >= len(answers)
+    assert server.admin_client.post("/weights/sync", json={"path": str(http_model)}).status_code == 200
+    assert [choice["token_ids"] for choice in server.complete(**greedy)["choices"]] == before
+    server.settle()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from tests.http_server import Background, ServerProcess, events, running_server, texts
 
 ERASURE = {"segmentation": {"mode": "fixed", "length": 5}, "threshold": 0, "max_erasures": 1}
+BEST = {**ERASURE, "max_erasures": 2, "on_exhaustion": "best", "regeneration_budget": 10}
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,28 @@ def engine_processes(server: ServerProcess) -> list[psutil.Process]:
     return [child for child in children if "EngineCore" in "".join(child.cmdline()[:1]) or "EngineCor" in child.name()]
 
 
-def test_streams_through_actors_are_the_whole_answer(pair: ServerProcess) -> None:
+@pytest.mark.parametrize("erasure", [ERASURE, BEST], ids=["last", "best"])
+def test_streams_through_actors_are_the_whole_answer(pair: ServerProcess, erasure: dict[str, Any]) -> None:
     request: dict[str, Any] = {"prompt": "Hello", "max_tokens": 17, "n": 3, "seed": 1, "ignore_eos": True}
-    whole = [choice["text"] for choice in pair.complete(**request, erasure=ERASURE)["choices"]]
+    choices = pair.complete(**request, erasure=erasure)["choices"]
+    whole = [choice["text"] for choice in choices]
     for mode in ("commit", "live"):
-        answer = pair.post("/v1/completions", **request, stream=True, erasure={**ERASURE, "stream": mode})
+        answer = pair.post("/v1/completions", **request, stream=True, erasure={**erasure, "stream": mode})
         assert texts(list(events(iter(answer.text.split("\n")))), 3) == whole
-    stopped = pair.complete(**request, erasure=ERASURE, stop=whole[0][3:5])["choices"][0]
+    kept = {s["attempt"] for choice in choices for s in choice["erasure"]["segments"] if s["verdict"] == "accepted"}
+    assert kept == ({0, 1, 2} if erasure is BEST else {1})
+    stopped = pair.complete(**request, erasure=erasure, stop=whole[0][3:5])["choices"][0]
     assert stopped["text"] == whole[0][: whole[0].index(whole[0][3:5])]
+
+
+def test_prompts_are_scored_and_parameters_refused_through_actors(pair: ServerProcess) -> None:
+    scored = pair.complete("Hello", max_tokens=4, seed=1, echo=True, logprobs=1, erasure=ERASURE)["choices"][0]
+    only = pair.complete("Hello", max_tokens=0, echo=True, logprobs=1)["choices"][0]
+    assert only["logprobs"]["token_logprobs"] == scored["logprobs"]["token_logprobs"][:5]
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+    refused = pair.post("/v1/completions", prompt="a", response_format=schema, erasure={"enabled": False})
+    assert refused.status_code == 400, refused.text
+    assert pair.admin_client.post("/reset_prefix_cache").json() == {"success": True}
 
 
 def test_pauses_reach_both_replicas(pair: ServerProcess) -> None:
@@ -126,10 +142,12 @@ async def kill_half_way(server: ServerProcess, engines: int) -> None:
 
 
 async def test_a_killed_replica_loses_no_request_and_comes_back_with_the_weights(
-    pair: ServerProcess, http_model: Path
+    pair: ServerProcess, http_model: Path, tmp_path: Path
 ) -> None:
-    synced = pair.admin_client.post("/weights/sync", json={"path": str(http_model.parent / "other")})
+    checkpoint = shutil.copytree(http_model.parent / "other", tmp_path / "checkpoint")
+    synced = pair.admin_client.post("/weights/sync", json={"path": str(checkpoint)})
     assert synced.status_code == 200, synced.text
+    shutil.rmtree(checkpoint)
     checksum = synced.json()["checksum"]
     await kill_half_way(pair, engines=2)
     assert pair.metric("e3rl_replica_restarts") <= 1

@@ -61,6 +61,8 @@ def run_config(model: Path, *, run: str = "learner-test", **learner: Any) -> Run
         "advantage": {"credit": {"kind": "uncertainty"}, "erased_weight": 0.2},
         "optimizer": {
             "learning_rate": RATE,
+            # Above the rounding noise of gradients that almost cancel, which AdamW else makes whole steps of.
+            "epsilon": 1e-6,
             "warmup_steps": WARMUP,
             "schedule": "cosine",
             "max_gradient_norm": 0.05,
@@ -104,7 +106,9 @@ def plain_training(config: RunConfig, batches: list[list[Group]]) -> Reference:
     """One process, no DeepSpeed, no micro-batches: AdamW, `clip_grad_norm_` and a schedule of torch's own."""
     settings = config.learner.optimizer
     policy: Any = load_policy(config.model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=RATE, eps=settings.epsilon, weight_decay=settings.weight_decay
+    )
     total = config.steps * config.learner.minibatches_per_step
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -277,8 +281,12 @@ def weight_files() -> set[Path]:
     return set(itertools.chain.from_iterable(d.glob("e3rl-learner-test-*") for d in directories))
 
 
+def _all_alike(group: Group) -> Group:
+    return group.model_copy(update={"trajectories": [t.model_copy(update={"reward": 1.0}) for t in group.trajectories]})
+
+
 def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path], tmp_path: Path) -> None:
-    config = run_config(models["tied"], ranks=2)
+    config = run_config(models["tied"], ranks=2, zero_stage=3)
     (groups,) = rollouts(config, 1)
     stale = Path(tempfile.gettempdir()) / "e3rl-learner-test-999999999-weights-v1.safetensors"
     stale.touch()
@@ -289,6 +297,10 @@ def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path
         assert not stale.exists()
         update = await group.export_weights(1)
         assert Path(update.path) in weight_files()
+        # Nothing to learn from: no rank runs a response, and all of them stay in step.
+        metrics_of_nothing = await group.train_step([_all_alike(g) for g in groups], 0)
+        assert metrics_of_nothing[metrics.LOSS] == metrics_of_nothing[metrics.GRADIENT_NORM] == 0.0
+        assert metrics_of_nothing[metrics.SKIPPED_SHARE] == 1.0
         ray.kill(group._ranks[1], no_restart=True)
         started = asyncio.get_running_loop().time()
         with pytest.raises(LearnerError, match="training step 0: learner rank 1 died"):

@@ -30,14 +30,27 @@ ADAPTIVE = ErasurePolicy(
     prior_decay=1 - 1e-12,
     regeneration_budget=100.0,
 )
-CASES = {"sampled": (ALWAYS, 1.0), "greedy with a budget": (HALF, 0.0), "adaptive with history": (ADAPTIVE, 0.0)}
+# Everything exceeds the threshold, so that erasures are spent at every segment; later the budget is.
+BEST = ALWAYS.model_copy(update={"max_erasures": 2, "on_exhaustion": "best", "regeneration_budget": 1.5})
+CASES = {
+    "sampled": (ALWAYS, 1.0),
+    "greedy with a budget": (HALF, 0.0),
+    "adaptive with history": (ADAPTIVE, 0.0),
+    "the best is kept": (BEST, 1.0),
+}
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningEngine, RunningEngine]]:
     path = tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
     with running_engine(path) as first, running_engine(path) as second:
-        first.generate(group_requests(1, 16, max_tokens=60, seed=1, policy=ADAPTIVE, temperature=0.5, ignore_eos=True))
+        for ignore_eos in (False, True):
+            # Greedy, as the responses that are resumed: others would not be compared with them.
+            group = {"group_id": f"first {ignore_eos}", "group_size": 16}
+            requests = group_requests(
+                16, 1, max_tokens=60, seed=1, policy=ADAPTIVE, temperature=0.0, ignore_eos=ignore_eos
+            )
+            first.generate(request.model_copy(update=group) for request in requests)
         second.run(second.engine.restore_priors(first.run(first.engine.priors())))
         yield first, second
 
@@ -64,20 +77,40 @@ def test_a_response_resumed_after_any_attempt_is_the_uninterrupted_one(
         some = sorted({*stopped[:3], *range(6), len(wholes) - 1})
         requests, wholes = [requests[n] for n in some], [wholes[n] for n in some]
     cuts = [(n, cut) for n, whole in enumerate(wholes) for cut in range(len(whole.attempts))]
-    answers = second.generate(resumed(requests[n], wholes[n].attempts[:cut]) for n, cut in cuts)
+    if policy is BEST:
+        # Of an attempt that is sampled anew another one may be the best.
+        cuts = [(n, cut) for n, cut in cuts if not sampled_anew(wholes[n], cut)]
+    answers = second.generate(resumed(requests[n], record_at(wholes[n], cut)) for n, cut in cuts)
     assert len(cuts) > 60
-    assert any(attempt.verdict == "accepted" and attempt.attempt == 0 for attempt in wholes[-1].attempts[:-1]) == (
-        policy is not ALWAYS
-    )
+    if policy is BEST:
+        assert any(a.verdict == "accepted" and 0 < a.attempt < 2 for whole in wholes for a in whole.attempts)
+    else:
+        assert any(attempt.verdict == "accepted" and attempt.attempt == 0 for attempt in wholes[-1].attempts[:-1]) == (
+            policy is not ALWAYS
+        )
     if policy is ADAPTIVE:
         modulations = [attempt.judgement.modulation for attempt in wholes[-1].attempts if attempt.judgement]
         assert max(modulations) - min(modulations) > 0.1, "the history says nothing, so it is not tested"
     for (n, cut), answer in zip(cuts, answers, strict=True):
-        # Within a submission the generator of random numbers goes on over segments, which no seed of its own brings
-        # back: an attempt that had followed an accepted segment is sampled anew. The next one has a seed again.
-        fresh = cut if temperature > 0.0 and wholes[n].attempts[cut].attempt == 0 and cut else None
+        fresh = cut if temperature > 0.0 and sampled_anew(wholes[n], cut) else None
         assert_same(answer, wholes[n], fresh)
     assert second.counters()["following"] == 0
+
+
+def record_at(whole: Trajectory, cut: int) -> list[Attempt]:
+    """The first `cut` attempts as they were on record then: one that is kept in the end was erased at first."""
+    attempts = whole.attempts[:cut]
+    under_way = whole.attempts[cut].segment
+    return [a.model_copy(update={"verdict": "erased"}) if a.segment == under_way else a for a in attempts]
+
+
+def sampled_anew(whole: Trajectory, cut: int) -> bool:
+    """Whether a response that is resumed before attempt number `cut` samples it with other random numbers.
+
+    Within a submission their generator goes on over segments, which no seed of its own brings back. What follows an
+    attempt that ended its submission has a seed again.
+    """
+    return cut > 0 and whole.attempts[cut].attempt == 0 and whole.attempts[cut - 1].verdict == "accepted"
 
 
 def assert_same(answer: Trajectory, whole: Trajectory, fresh: int | None) -> None:
@@ -155,6 +188,12 @@ class _Judged(SilentListener):
         self.attempts.append(attempt)
         self.finals.append(final)
 
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        assert attempt.verdict == "erased"
+        self.judged(attempt, final)
+        (place,) = (n for n, one in enumerate(self.attempts) if one.model_copy(update={"verdict": "accepted"}) == kept)
+        self.attempts[place] = kept
+
 
 @pytest.mark.parametrize("wants_tokens", [True, False])
 def test_a_listener_hears_of_every_attempt_with_or_without_tokens(
@@ -169,3 +208,22 @@ def test_a_listener_hears_of_every_attempt_with_or_without_tokens(
     assert listener.finals == [False] * 12 + [True]
     assert listener.sampled_tokens == (trajectory.generated_tokens if wants_tokens else 0)
     assert listener.cached_tokens == trajectory.reused_prefix_tokens
+
+
+@pytest.mark.parametrize("wants_tokens", [True, False])
+def test_a_listener_hears_which_attempt_is_kept_in_the_end(
+    engines: tuple[RunningEngine, RunningEngine], wants_tokens: bool
+) -> None:
+    first, _ = engines
+    kept_early = 0
+    policy = BEST.model_copy(update={"regeneration_budget": 100.0})
+    for seed in range(6):
+        (request,) = group_requests(1, 1, max_tokens=30, seed=seed, policy=policy, ignore_eos=True)
+        listener = _Judged(wants_tokens)
+        trajectory = first.run(first.engine.generate(request, listener))
+        assert listener.attempts == trajectory.attempts
+        assert listener.finals == [False] * (len(trajectory.attempts) - 1) + [True]
+        assert listener.sampled_tokens == (trajectory.generated_tokens if wants_tokens else 0)
+        kept_early += trajectory.attempts[-1].verdict == "erased"
+    assert kept_early, "no response ended with an attempt that was kept"
+    assert first.counters()["following"] == 0

@@ -1,7 +1,7 @@
 """Weights on their way into a running engine: what it then holds, what its tokens are labelled, and failed syncs."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common.config import EngineConfig, ErasurePolicy, FixedSegmentation, ModelConfig
-from common.trajectory import Trajectory
-from common.weights import WeightUpdate, weight_checksum
+from common.trajectory import ResponseRequest, Trajectory
+from common.weights import NonFiniteLogits, WeightUpdate, weight_checksum
 from rollout_server import engine as engine_module
 from rollout_server.engine import EngineClosed, ErasableEngine, WeightSyncError
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
@@ -186,6 +186,118 @@ def test_a_file_that_ends_half_way_is_no_hindrance_to_the_next(synced: Synced, t
         engine.run(engine.engine.sync(good.model_copy(update={"path": str(tmp_path / "shrunk.safetensors")}), DEADLINE))
     engine.run(engine.engine.sync(good, DEADLINE))
     assert_log_probs(engine.generate(requests()), ReferenceModel(synced.checkpoints[3]))
+
+
+def changed(
+    update: WeightUpdate, version: int, directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> WeightUpdate:
+    """Another update, whose tensors `change` makes of those of `update`."""
+    tensors = {name: change(name, tensor).contiguous() for name, tensor in load_file(update.path).items()}
+    path = directory / f"changed-{version}.safetensors"
+    save_file(tensors, path)
+    return update.model_copy(
+        update={"version": version, "path": str(path), "checksum": weight_checksum(tensors.values())}
+    )
+
+
+def everyones(engine: RunningEngine, seed: int, **common: Any) -> list[Trajectory | NonFiniteLogits]:
+    """Plain, erasable and streamed responses, all at once, and how each ended; 20 of each kind."""
+    settings: dict[str, Any] = {"max_tokens": 30, "prompt_tokens": 40, "ignore_eos": True, **common}
+
+    async def one(request: ResponseRequest, listener: SilentListener | None) -> Trajectory | NonFiniteLogits:
+        try:
+            return await engine.engine.generate(request, listener)
+        except NonFiniteLogits as error:
+            return error
+
+    async def all_kinds() -> list[Trajectory | NonFiniteLogits]:
+        work = []
+        for number, (policy, listener) in enumerate(
+            [(None, None), (POLICY, None), (None, SilentListener()), (POLICY, SilentListener())]
+        ):
+            kind = group_requests(20, 1, seed=seed + number, policy=policy, **settings)
+            work += [one(request, listener) for request in kind]
+        return await asyncio.gather(*work)
+
+    return engine.run(all_kinds())
+
+
+OVERFLOWING = {
+    "norms": lambda name, tensor: tensor * 1e25 if "norm" in name else tensor,
+    "values": lambda name, tensor: tensor * 1e38 if "v_proj" in name else tensor,
+}
+
+
+@pytest.mark.parametrize("kind", list(OVERFLOWING))
+def test_weights_that_overflow_answer_nothing_and_leave_nothing_behind(
+    synced: Synced, tmp_path: Path, kind: str
+) -> None:
+    engine = synced.engine
+    good = update_from(synced.checkpoints[3], 20, tmp_path)
+    greedy = group_requests(60, 1, max_tokens=30, prompt_tokens=40, seed=9, temperature=0.0, ignore_eos=True)
+    engine.run(engine.engine.sync(good, DEADLINE))
+    before = [answer.token_ids for answer in engine.generate(greedy)]
+    engine.run(engine.engine.sync(changed(good, 21, tmp_path, OVERFLOWING[kind]), DEADLINE))
+    followed = engine.counters()["following"]
+    ends = everyones(engine, seed=30)
+    broken = [end.version for end in ends if isinstance(end, NonFiniteLogits)]
+    assert broken == [21] * len(broken)
+    for answer in ends:
+        if isinstance(answer, Trajectory):
+            assert torch.tensor(answer.logprobs).isfinite().all()
+    # Qwen's norms of queries and keys hold some of it off.
+    assert len(broken) == len(ends) or (kind == "norms" and not broken)
+    assert engine.counters()["following"] == followed
+    engine.run(engine.engine.sync(good.model_copy(update={"version": 22}), DEADLINE))
+    assert [answer.token_ids for answer in engine.generate(greedy)] == before
+    assert_log_probs(engine.generate(requests()), ReferenceModel(synced.checkpoints[3]))
+
+
+def test_one_prompts_overflow_is_nothing_to_others(synced: Synced, tmp_path: Path) -> None:
+    """One token's embedding is infinite: what was not given that token must not meet what it left in KV memory."""
+    engine = synced.engine
+    good = update_from(synced.checkpoints[3], 30, tmp_path)
+    if "lm_head.weight" not in load_file(good.path):
+        pytest.skip("in a tied model the token's logit is infinite for all")
+    engine.run(engine.engine.sync(good, DEADLINE))
+    greedy = group_requests(60, 1, max_tokens=30, prompt_tokens=40, seed=9, temperature=0.0, ignore_eos=True)
+    before = [answer.token_ids for answer in engine.generate(greedy)]
+    used = {token for r, answer in zip(greedy, before, strict=True) for token in r.prompt_token_ids + answer}
+    poison = min(set(range(256, 300)) - used)
+
+    def poisoned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if "embed_tokens" in name:
+            tensor[poison] = torch.inf
+        return tensor
+
+    engine.run(engine.engine.sync(changed(good, 31, tmp_path, poisoned), DEADLINE))
+    bad = [r.model_copy(update={"prompt_token_ids": [poison, *r.prompt_token_ids[1:]]}) for r in greedy]
+
+    async def one(request: ResponseRequest) -> list[int] | NonFiniteLogits:
+        try:
+            return (await engine.engine.generate(request)).token_ids
+        except NonFiniteLogits as error:
+            return error
+
+    async def mixed() -> list[list[int] | NonFiniteLogits]:
+        return await asyncio.gather(*(one(r) for pair in zip(bad, greedy, strict=True) for r in pair))
+
+    for _ in range(3):
+        ends = engine.run(mixed())
+        assert all(isinstance(end, NonFiniteLogits) for end in ends[::2])
+        assert ends[1::2] == before
+    engine.run(engine.engine.sync(good, DEADLINE))
+
+
+def test_a_plain_response_may_sample_a_sentinel_on_its_own_account(synced: Synced, tmp_path: Path) -> None:
+    engine = synced.engine
+    sentinel = engine.engine.sentinel_ids[1]
+    flat = changed(update_from(synced.checkpoints[3], 40, tmp_path), 41, tmp_path, lambda _, tensor: tensor * 1e-3)
+    engine.run(engine.engine.sync(flat, DEADLINE))
+    plain = group_requests(60, 1, max_tokens=60, seed=11, ignore_eos=True)
+    answers = engine.generate(plain)
+    assert any(sentinel in answer.token_ids[:-1] for answer in answers)
+    assert all(len(answer.token_ids) == 60 for answer in answers)
 
 
 async def test_a_response_that_waits_for_a_pause_to_end_is_told_of_the_engines_end(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from common.config import ConfigError, RunConfig, build_config, dump_yaml, load_config, variant
 from common.config.loading import PRESETS, merge, parse_assignment
 from learner.train import derived_sizes, main, parser, read_config
-from tests.configs import SETTINGS
+from tests.configs import SETTINGS, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "deploy" / "configs").glob("*.yaml"))
@@ -291,3 +291,20 @@ def test_a_dry_run_leaves_an_existing_run_alone(
     assert main(["--config", str(ROOT / "deploy/configs/demo.yaml"), "--dry-run"]) == 0
     assert "already holds a run" in capsys.readouterr().out
     assert (run / "config.yaml").read_text() == "old"
+
+
+def test_forking_takes_the_stored_settings_and_begins_a_new_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for other in (["--resume"], ["--compare"]):
+        assert main(["--name", "old", "--fork", "new", *other]) == 2
+        assert "--fork begins a new run" in capsys.readouterr().err
+    path = tmp_path / "runs" / "old" / "config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(dump_yaml(run_config(name="old", runs_directory=str(tmp_path / "runs"))))
+    where = ["--set", f"runs_directory={tmp_path / 'runs'}"]
+    assert main(["--name", "old", "--fork", "new", "--set", "seed=7", "--dry-run", *where]) == 0
+    assert main(["--name", "old", "--fork", "bad name", "--dry-run", *where]) == 2
+    assert "name: " in capsys.readouterr().err
+    dry = load_config(tmp_path / "runs" / "new" / "config.yaml")
+    assert (dry.name, dry.seed) == ("new", 7)
+    assert main(["--name", "old", "--fork", "newer", *where]) == 2
+    assert "old has no checkpoint to fork" in capsys.readouterr().err

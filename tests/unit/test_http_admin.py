@@ -15,7 +15,15 @@ async def test_admin_routes() -> None:
         resumed = await server.admin.post("/resume")
         nowhere = await server.admin.post("/weights/sync", json={"path": "/nowhere/secret"})
         public = [await server.admin.post("/v1/completions", json={}), await server.admin.get("/metrics")]
-    assert weights == {"replicas": [{"replica": 0, "policy_version": 0, "checksum": None, "last_sync": None}]}
+    (held,) = weights["replicas"]
+    assert held == {
+        "replica": 0,
+        "policy_version": 0,
+        "checksum": None,
+        "error": None,
+        "non_finite_version": None,
+        "last_sync": None,
+    }
     assert paused.json() == {"paused": True, "mode": "wait"}
     assert wrong.status_code == 400
     assert (strange.status_code, strange.json()["error"]["param"]) == (400, "mode")

@@ -9,7 +9,7 @@ from rollout_server.http.schema.base import MAX_SEED
 from rollout_server.http.schema.chat import ChatChunk, ChatCompletion
 from rollout_server.http.schema.completion import Completion, CompletionChunk
 from tests.http_server import texts
-from tests.stub_replica import StubReplica, StubServer, erasing_server, saying
+from tests.stub_replica import EXHAUSTED, StubReplica, StubServer, erasing_server, saying
 
 
 async def test_a_completion_is_what_the_schema_says() -> None:
@@ -59,6 +59,46 @@ async def test_commit_and_live_streams_give_the_same_text() -> None:
     assert live[-1]["choices"] == []
     assert live[-1]["usage"]["completion_tokens"] == len("Ünd right.".encode()) + 1
     assert all(chunk["usage"] is None for chunk in live[:-1])
+
+
+async def test_an_attempt_that_is_kept_in_the_end_is_what_every_answer_holds() -> None:
+    async with StubServer(StubReplica(lambda request: list(EXHAUSTED))) as server:
+        whole = Completion.model_validate_json((await server.post(prompt="Hi", return_token_ids=True, logprobs=1)).text)
+        commit = await server.stream(prompt="Hi")
+        live = await server.stream(prompt="Hi", erasure={"stream": "live"}, return_token_ids=True)
+        groups = [{"prompt_id": "p", "prompt_token_ids": [1]}]
+        lines = await server.client.post("/v1/rollouts", json={"groups": groups, "max_tokens": 30})
+        metrics = (await server.client.get("/metrics")).text
+    choice = whole.choices[0]
+    assert choice.text == texts(commit, 1)[0] == texts(live, 1)[0] == "Ünd right€.!"
+    assert [(s.index, s.attempt, s.verdict, s.text) for s in choice.erasure.segments or []] == [
+        (0, 0, "accepted", "Ünd "),
+        (0, 1, "erased", "€wro"),
+        (1, 0, "accepted", "ri"),
+        (2, 0, "erased", "ng😀"),
+        (2, 1, "accepted", "ght€"),
+        (2, 2, "erased", "x"),
+        (3, 0, "accepted", "."),
+        (4, 0, "accepted", "!"),
+        (4, 1, "erased", "?!"),
+    ]
+    erased = len("€wrong😀x?!".encode())
+    tokens = len("Ünd right€.!".encode()) + 1
+    assert whole.usage.completion_tokens == tokens == len(choice.token_ids or [])
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == [server.service.texts[token] for token in choice.token_ids or []]
+    assert choice.erasure.erased_tokens == whole.usage.completion_tokens_details.erased_tokens == erased
+    assert choice.erasure.generated_tokens == tokens + erased
+    events = [c.get("erasure") or {} for chunk in live for c in chunk["choices"]]
+    assert [(e["segment"], e["attempt"], e["retract_characters"]) for e in events if e.get("event") == "erase"] == [
+        (0, 0, 4), (0, 1, 4), (2, 0, 3), (2, 1, 4), (2, 2, 1), (4, 0, 1), (4, 1, 2),
+    ]  # fmt: skip
+    assert not any((c.get("erasure") or {}).get("event") == "erase" for chunk in commit for c in chunk["choices"])
+    (line,) = map(json.loads, lines.text.splitlines())
+    assert line["text"] == "Ünd right€.!"
+    assert [a["verdict"] for a in line["attempts"]] == [s.verdict for s in choice.erasure.segments or []]
+    assert "e3rl_erasures_total 28.0" in metrics
+    assert "e3rl_restorations_total 12.0" in metrics
 
 
 async def test_chat_streams_begin_with_the_role() -> None:

@@ -92,6 +92,29 @@ async def test_what_is_wrong_with_rollouts_is_a_400_that_names_it(
     assert text in error.message
 
 
+@pytest.mark.parametrize(
+    "erasure",
+    [{"max_erasures": 0}, {"regeneration_budget": 0}, {"regeneration_budget": 0.1}, {"enabled": False}],
+    ids=json.dumps,
+)
+async def test_temperature_0_needs_no_retry_temperature_where_nothing_can_be_erased(erasure: dict[str, Any]) -> None:
+    async with StubServer(StubReplica(saying("a"))) as server:
+        answer = await server.post(prompt="a", temperature=0, max_tokens=9, erasure=erasure)
+        groups = [{"prompt_id": "p", "prompt_token_ids": [1]}]
+        rollouts = {"groups": groups, "max_tokens": 9, "temperature": 0}
+        trajectories = await server.client.post("/v1/rollouts", json={**rollouts, "erasure": erasure})
+        plain = [{**groups[0], "n": 2, "erasable": 0}]
+        monitored = await server.client.post(
+            "/v1/rollouts", json={**rollouts, "groups": plain, "erasure": {"kappa": 1}}
+        )
+        one_may = [*plain, {**plain[0], "erasable": 1}]
+        refused = await server.client.post(
+            "/v1/rollouts", json={**rollouts, "groups": one_may, "erasure": {"kappa": 1}}
+        )
+    assert [a.status_code for a in (answer, trajectories, monitored)] == [200, 200, 200]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "erasure.retry_temperature")
+
+
 async def test_refused_requests_take_no_delimiters_place() -> None:
     async with erasing_server() as server:
 
@@ -163,3 +186,35 @@ async def test_an_unexpected_failure_is_a_500_without_its_cause() -> None:
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("said", [0, 2], ids=["at once", "half way"])
+@pytest.mark.parametrize("erasure", [{"enabled": False}, {}], ids=["plain", "erasable"])
+async def test_logits_that_are_not_finite_are_one_error_everywhere(erasure: dict[str, Any], said: int) -> None:
+    replica = StubReplica(saying("one ", "two ", "three"))
+    replica.breaks_after = said
+    async with StubServer(replica) as server:
+        whole = await server.post(prompt="a", erasure=erasure)
+        chat = await server.post("/v1/chat/completions", messages=[{"role": "user", "content": "a"}], erasure=erasure)
+        stream = await server.post(prompt="a", stream=True, erasure=erasure)
+        group = {"prompt_id": "p", "prompt_token_ids": [1, 2], "n": 2}
+        rollouts = await server.post("/v1/rollouts", groups=[group], max_tokens=30, erasure=erasure)
+        metrics = (await server.client.get("/metrics")).text
+        (weights,) = (await server.admin.get("/weights")).json()["replicas"]
+    expected = {
+        "message": "the weights of version 3 gave logits that are not finite, so the response was ended",
+        "type": "server_error",
+        "param": None,
+        "code": "non_finite_logits",
+    }
+    for answer in (whole, chat):
+        assert (answer.status_code, answer.json()) == (500, {"error": expected})
+    if stream.status_code == 200:
+        *_, last, done = [line for line in stream.text.split("\n") if line]
+        assert (json.loads(last.removeprefix("data: ")), done) == ({"error": expected}, "data: [DONE]")
+        assert said
+    else:
+        assert (stream.status_code, stream.json()) == (500, {"error": expected})
+    assert json.loads(rollouts.text) == {"error": expected}, "a response that was ended is no trajectory"
+    assert "e3rl_non_finite_logits_total 4.0" in metrics
+    assert weights["non_finite_version"] == 3

@@ -1,16 +1,25 @@
 """Replicas that die: responses go on from the last judged segment, and streams take back what was not judged."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from rollout_server.http.schema.completion import Completion
 from tests.http_server import texts
-from tests.stub_replica import ERASING, StubReplica, StubServer, saying
+from tests.stub_replica import ERASING, EXHAUSTED, StubReplica, StubServer, saying
 
-EVENTS = sum(len(text.encode()) + 1 for _, text in ERASING) + 1
-"""What the stub says of `ERASING`: its tokens, the one that ends it, and a judgement of each attempt."""
+STOPS: dict[str, list[Any]] = {
+    "erasing": [None, "wro", "d ri", ["t.", "gh"]],
+    "exhausted": [None, "wro", "x", "d r", ["ght", "€"], "!"],
+}
+"""Of each script stop strings that are never there, erased, or in what is kept."""
+
+
+def events_of(script: Sequence[tuple[str, str]]) -> int:
+    """How much the stub says of a script: its tokens, the one that ends it, and a judgement of each attempt."""
+    return sum(len(text.encode()) + 1 for _, text in script) + 1
 
 
 def erasures(chunks: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
@@ -43,16 +52,24 @@ def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stop", [None, "wro", "d ri", ["t.", "gh"]])
-async def test_a_response_whose_replica_dies_at_any_moment_goes_on_as_if_it_had_not(stop: Any) -> None:
+SCRIPTS: dict[str, Sequence[tuple[str, str]]] = {"erasing": ERASING, "exhausted": EXHAUSTED}
+WHOLE = {"erasing": "Ünd right.", "exhausted": "Ünd right€.!"}
+
+
+@pytest.mark.parametrize(
+    ("script", "stop"),
+    [(name, stop) for name, stops in STOPS.items() for stop in stops],
+)
+async def test_a_response_whose_replica_dies_at_any_moment_goes_on_as_if_it_had_not(script: str, stop: Any) -> None:
     body: dict[str, Any] = {"prompt": "Hi", "return_token_ids": True, "logprobs": 0}
     body |= {} if stop is None else {"stop": stop}
     streamed = {**body, "stream_options": {"include_usage": True}}
-    replica = StubReplica(lambda request: list(ERASING))
+    replica = StubReplica(lambda request: list(SCRIPTS[script]))
     undisturbed: dict[str, Any] = {}
+    events = events_of(SCRIPTS[script])
     async with StubServer(replica) as server:
         server.replicas.max_restarts_in_a_row = 1
-        for dies_after in (None, *range(EVENTS + 1)):
+        for dies_after in (None, *range(events + 1)):
             for mode in ("whole", "without tokens", "commit", "live"):
                 replica.dies_after = [] if dies_after is None else [dies_after]
                 if mode == "whole":
@@ -68,10 +85,10 @@ async def test_a_response_whose_replica_dies_at_any_moment_goes_on_as_if_it_had_
                 assert known == undisturbed.setdefault(mode, known), f"{mode}, {dies_after}"
         metrics = (await server.client.get("/metrics")).text
     deaths = int(float(metrics.split("\ne3rl_resubmissions_total ")[1].split()[0]))
-    cut_short = undisturbed["commit"]["text"] != "Ünd right."
+    cut_short = undisturbed["commit"]["text"] != WHOLE[script]
     # A replica that dies after a stop string was found is not missed.
-    assert 20 < deaths < 4 * (EVENTS + 1) if cut_short else deaths == 4 * (EVENTS + 1)
-    assert cut_short == (stop not in (None, "wro"))
+    assert 20 < deaths < 4 * (events + 1) if cut_short else deaths == 4 * (events + 1)
+    assert cut_short == (stop not in (None, "wro", "x"))
     assert undisturbed["commit"] == undisturbed["live"]
 
 

@@ -39,7 +39,7 @@ def _numbers_are_bounded(schemas: dict[str, Any]) -> None:
                     seen.add(name)
                     visit(schemas[name], name)
                 return
-            if node.get("type") in ("integer", "number"):
+            if node.get("type") in ("integer", "number") and "const" not in node:
                 assert {"minimum", "exclusiveMinimum"} & set(node), place
                 assert {"maximum", "exclusiveMaximum"} & set(node), place
             for key, child in node.items():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_server.http.detokenize import TextCursor, TokenTexts
+from rollout_server.http.detokenize import TextCursor, TextOptions, TokenTexts
 from rollout_server.http.stop import StopFinder
 from tests.models import byte_tokenizer
 
@@ -20,7 +20,7 @@ def ids(text: str) -> list[int]:
 
 
 def cursor(stops: tuple[str, ...] = (), silent: frozenset[int] = frozenset()) -> TextCursor:
-    return TextCursor(BACKEND, ids("prompt"), stops, silent)
+    return TextCursor(BACKEND, ids("prompt"), TextOptions(stops, silent))
 
 
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:

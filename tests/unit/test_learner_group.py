@@ -1,12 +1,16 @@
 """Which device each learner rank is given. The ranks themselves run in `tests/integration/test_learner.py`."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.config import RunConfig
-from learner.group import LearnerError, environments, trains_on_gpus
+from learner.errors import PartError
+from learner.group import LearnerError, LearnerGroup, _failure, environments, trains_on_gpus
 from learner.rank import Placement
+from learner.weight_file import WrittenWeights
 from tests.configs import run_config
 
 
@@ -37,3 +41,40 @@ def test_a_rank_that_sees_one_gpu_alone_uses_device_0() -> None:
     for environment in on_gpus:
         assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4000")
         assert (environment["WORLD_SIZE"], environment["LOCAL_SIZE"]) == ("4", "2")
+
+
+async def test_weights_that_are_not_finite_are_the_learners_failure_and_their_file_is_removed(tmp_path: Path) -> None:
+    """A failure of another part would be followed by a checkpoint of these weights."""
+
+    async def written(*_: Any, **__: Any) -> list[WrittenWeights]:
+        path = tmp_path / "weights"
+        path.touch()
+        return [WrittenWeights(str(path), "0" * 16, 1, 4, "model.norm.weight")]
+
+    group = object.__new__(LearnerGroup)
+    group._config, group._ranks = config_for(1, 1, "float32"), [None]
+    group._call = written  # type: ignore[method-assign]
+    with pytest.raises(PartError, match=r"version 7: model\.norm\.weight holds NaN or infinity") as error:
+        await group.export_weights(7)
+    assert error.value.part == "learner"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError("Unable to allocate: out of memory"),
+    ],
+)
+def test_a_rank_that_ran_out_of_memory_says_what_to_lower(error: Exception) -> None:
+    learner = config_for(1, 1, "float32").learner
+    failure = _failure({0: error}, [False], "training step 3", 1.0, learner)
+    text = str(failure)
+    assert "training step 3: learner rank 0 failed" in text
+    assert "lower learner.tokens_per_microbatch (8192), set learner.gradient_checkpointing: true; --resume" in text
+    already = learner.model_copy(update={"gradient_checkpointing": True})
+    assert "gradient_checkpointing" not in str(_failure({0: error}, [False], "training", 1.0, already))
+    other = _failure({0: RuntimeError("shapes differ")}, [False], "training", 1.0, learner)
+    assert "memory" not in str(other)

@@ -213,22 +213,59 @@ def test_steps_after_the_forced_one_are_not_measured(on_host: bool, stream: tupl
     assert [row for _, after in later for row in rows(after)] == []
 
 
+BROKEN_LOGITS = {
+    "one NaN": lambda row: row.index_fill_(0, torch.tensor([17]), math.nan),
+    "one infinity": lambda row: row.index_fill_(0, torch.tensor([VOCABULARY - 3]), math.inf),
+    "all NaN": lambda row: row.fill_(math.nan),
+    "nothing above -inf": lambda row: row.fill_(-math.inf),
+}
+
+
 @pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
-def test_what_overflowed_weights_measure_is_not_learnt(
-    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+@pytest.mark.parametrize("kind", list(BROKEN_LOGITS))
+def test_logits_that_are_not_finite_end_a_response_and_nothing_is_learnt_of_it(
+    on_host: bool, kind: str, stream: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     logits, tokens = stream
     monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=6)), 2, on_host=on_host, limit=12)
-    broken = logits[:12, :2].clone()
-    broken[:6, 0] = math.nan
-    judged = [row for _, result in feed(monitor, broken, tokens[:12, :2]) for row in rows(result)]
-    assert [(slot, math.isnan(fields[Field.UNCERTAINTY])) for slot, fields in judged] == [
-        (0, True), (1, False), (0, False), (1, False),
-    ]  # fmt: skip
-    assert [fields[Field.COUNT] for _, fields in judged] == [1.0, 1.0, 2.0, 2.0]
-    assert all(math.isfinite(fields[Field.HISTORY_UNCERTAINTY]) for _, fields in judged)
+    slots = torch.arange(2)
+    reported, judged = [], []
+    for step in range(12):
+        now = logits[step, :2].clone()
+        if step == 3:
+            BROKEN_LOGITS[kind](now[0])
+        broken = monitor.prepare(slots, now, None)
+        reported.append([] if broken is None else broken.tolist())
+        if step >= 3:
+            assert now[0].isfinite().nonzero().flatten().tolist() == [SENTINELS[1]]
+        judged += rows_of(monitor.observe(slots, tokens[step, :2]))
+    assert [row for row in reported if any(row)] == [[True, False]], "it is said once, and of the first only"
+    assert reported.index([True, False]) == 3
+    assert [slot for slot, _ in judged] == [1, 1]
+    assert [fields[Field.COUNT] for _, fields in judged] == [1.0, 1.0]
     monitor.close_group(0, 0, 0.9)
     assert all(math.isfinite(value) for row in monitor.prior(0) for value in row)
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_a_response_that_has_ended_is_not_broken_by_what_follows(
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=1)), 1, on_host=on_host, limit=1)
+    feed(monitor, logits[:1, :1], tokens[:1, :1])
+    broken = monitor.prepare(torch.arange(1), torch.full((1, VOCABULARY), math.nan), None)
+    assert broken is None or not broken.any()
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_masked_tokens_and_huge_logits_are_no_error(on_host: bool) -> None:
+    monitor = monitor_for(ErasurePolicy(segmentation=FixedSegmentation(length=6)), 2, on_host=on_host)
+    logits = torch.full((2, VOCABULARY), -math.inf)
+    logits[0, 5] = 1.0
+    logits[1] = torch.linspace(-1e38, 1e38, VOCABULARY)
+    broken = monitor.prepare(torch.arange(2), logits, None)
+    assert broken is None or not broken.any()
 
 
 def test_sentinels_are_masked_in_followed_rows_only(stream: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -313,6 +350,92 @@ def test_the_verdict_equals_the_reference_at_every_limit(
     assert all(0 < erased[attempt, tokens] < 6 for attempt in (0, 1) for tokens in (0, 6)), erased
     assert not any(erased[attempt, 12] for attempt in range(4)), "the budget"
     assert not any(erased[attempt, tokens] for attempt in (2, 3) for tokens in (0, 6)), "max_erasures"
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize("threshold", [None, 0.5], ids=["adaptive", "fixed"])
+def test_nothing_below_the_floor_is_erased(
+    on_host: bool, threshold: float | None, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+
+    def judged_with(floor: float) -> dict[int, list[float]]:
+        policy = ErasurePolicy(
+            segmentation=FixedSegmentation(length=6), kappa=-0.5, threshold=threshold, min_uncertainty=floor
+        )
+        monitor = monitor_for(policy, 6, on_host=on_host, limit=24)
+        return dict(rows(feed(monitor, logits[:6], tokens[:6])[-1][1]))
+
+    free = judged_with(0.0)
+    erased = sorted(fields[Field.UNCERTAINTY] for fields in free.values() if fields[Field.ERASED])
+    assert len(erased) > 2
+    floor = erased[1]
+    for slot, fields in judged_with(floor).items():
+        assert bool(fields[Field.ERASED]) == (bool(free[slot][Field.ERASED]) and fields[Field.UNCERTAINTY] >= floor)
+        policy = ErasurePolicy(kappa=-0.5, threshold=threshold, min_uncertainty=floor)
+        expected = is_erased(policy, fields[Field.UNCERTAINTY], fields[Field.THRESHOLD], 0, 0, 6, 40)
+        assert bool(fields[Field.ERASED]) == expected
+    assert sum(bool(fields[Field.ERASED]) for fields in judged_with(floor).values()) == len(erased) - 1
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+@pytest.mark.parametrize("exhausted_by", ["erasures", "budget"])
+def test_an_attempt_over_the_threshold_gives_way_to_a_better_one_when_erasures_are_spent(
+    on_host: bool, exhausted_by: str, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    spent = {"attempt": 2} if exhausted_by == "erasures" else {"attempt": 1, "erased_tokens": 12, "erased_limit": 16}
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), threshold=2.0, max_erasures=2)
+
+    def judged_with(**changes: Any) -> dict[int, tuple[float, bool]]:
+        monitor = monitor_for(policy, 6, on_host=on_host, limit=6, **changes)
+        found = rows(feed(monitor, logits[:6], tokens[:6])[-1][1])
+        after = logits[6].clone()
+        monitor.prepare(torch.arange(6), after, None)
+        assert after.argmax(1).tolist() == [SENTINELS[0] if f[Field.ERASED] else SENTINELS[1] for _, f in found]
+        return {slot: (fields[Field.UNCERTAINTY], bool(fields[Field.ERASED])) for slot, fields in found}
+
+    alone = judged_with(**spent)
+    assert not any(erased for _, erased in alone.values())
+    over = sorted(u for u, _ in alone.values() if u > 2.0)
+    assert 2 <= len(over) < 6
+    best = over[len(over) // 2]
+    erased = judged_with(**spent, best=best)
+    assert {slot: erased for slot, (_, erased) in erased.items()} == {
+        slot: u > 2.0 and best < u for slot, (u, _) in alone.items()
+    }
+    assert any(e for _, e in erased.values())
+    # The first attempt at a segment has nothing to give way to, whatever the slot was told of the one before.
+    none = judged_with(attempt=0, erased_tokens=16, erased_limit=16, best=0.0)
+    assert not any(e for _, e in none.values())
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])
+def test_statistics_of_the_group_are_over_all_of_its_segments(
+    on_host: bool, stream: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    logits, tokens = stream
+    policy = ErasurePolicy(segmentation=FixedSegmentation(length=4), statistics="group", prior_decay=0.7)
+    monitor = monitor_for(policy, 6, on_host=on_host, limit=24, erasable=False)
+    prior: tuple[float, float] | None = None
+    for group in range(2):
+        observed: list[float] = []
+        monitor.open_group(0)
+        for slot in range(6):
+            monitor.open(slot, spec(policy, limit=24, erasable=False))
+        judged = feed(monitor, logits * (1.0 + 0.5 * group), tokens)
+        for _, result in judged:
+            observed += [fields[Field.UNCERTAINTY] for _, fields in rows(result)]
+            values = torch.tensor(observed, dtype=torch.float64)
+            for _, fields in rows(result):
+                assert fields[Field.COUNT] == len(observed)
+                assert fields[Field.MEAN] == pytest.approx(float(values.mean()), abs=1e-9)
+                assert fields[Field.VARIANCE] == pytest.approx(float(values.var(correction=0)), abs=1e-9)
+                assert fields[Field.PRIOR_MEAN] == pytest.approx(prior[0] if prior else 0.0, abs=1e-9)
+        assert len(observed) == 36
+        monitor.close_group(0, 0, policy.prior_decay)
+        prior = updated_prior(prior, (float(values.mean()), float(values.var(correction=0))), policy.prior_decay)
+    assert len(monitor.prior(0)) == 1
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "gpu-path"])

@@ -30,6 +30,8 @@ def random_policy(rng: random.Random) -> ErasurePolicy:
         signal=rng.choice(["entropy", "cross_entropy"]),
         window=rng.randint(1, 9),
         weights=SignalWeights(base=rng.random() + 0.1, extreme=rng.random(), gradient=rng.random()),
+        min_uncertainty=rng.choice([0.0, 0.02, 2.0, 5.0]),
+        statistics=rng.choice(["index", "group"]),
         kappa=rng.uniform(-1.0, 1.0),
         gamma=rng.random(),
         eta=rng.uniform(0.0, 0.9),
@@ -56,6 +58,7 @@ def random_response(rng: random.Random, policy: ErasurePolicy) -> dict[str, Any]
         "history": History(rng.random(), rng.random(), rng.random()),
         "group": rng.randrange(GROUPS),
         "prior": rng.randrange(PRIORS),
+        "best": rng.choice([math.inf, rng.uniform(0.0, 4.0)]),
     }
 
 

@@ -67,12 +67,15 @@ def learner_gradients(
     ranks: int = 1,
     tokens: int = 100_000,
     reference: Any = None,
+    skip: bool = False,
 ) -> tuple[float, Gradients, ObjectiveStatistics, int]:
     """Loss, gradient and statistics summed over all micro-batches, and how many there were."""
     statistics = ObjectiveStatistics()
     policy.zero_grad()
     total, count = 0.0, 0
-    for batch in rank_batches(samples, ranks, tokens):
+    batches = rank_batches(samples, ranks, tokens, skip)
+    assert len({len(batch.microbatches) for batch in batches}) == 1
+    for batch in batches:
         for microbatch in batch.microbatches:
             tensors = collate(microbatch)
             with torch.no_grad():
@@ -99,6 +102,45 @@ def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients], to
     assert max(float(g.abs().max()) for g in other[1].values()) > 1e-3
     for name, gradient in one[1].items():
         torch.testing.assert_close(gradient.double(), other[1][name].double(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+def without_signal(groups: Sequence[Group], which: Sequence[int]) -> list[Group]:
+    """The same groups, the rewards of some of which are all equal."""
+    return [
+        group.model_copy(update={"trajectories": [t.model_copy(update={"reward": 1.0}) for t in group.trajectories]})
+        if index in which
+        else group
+        for index, group in enumerate(groups)
+    ]
+
+
+@pytest.mark.parametrize("objective", [TOKEN_MEAN, SEQUENCE_MEAN], ids=["token_mean", "sequence_mean"])
+@pytest.mark.parametrize(("ranks", "tokens"), [(1, 100_000), (2, 64), (3, 200)])
+@pytest.mark.parametrize("erased_weight", [0.0, 0.5])
+def test_skipping_what_has_no_signal_changes_neither_loss_nor_gradient(
+    policy: Any, groups: list[Group], objective: ClippedObjective, ranks: int, tokens: int, erased_weight: float
+) -> None:
+    mixed = without_signal(groups, (0, 2))
+    samples = all_samples(mixed, AdvantageConfig(credit=UniformCredit(), erased_weight=erased_weight))
+    whole = learner_gradients(policy, samples, objective, ranks=ranks, tokens=tokens)
+    skipped = learner_gradients(policy, samples, objective, ranks=ranks, tokens=tokens, skip=True)
+    assert_same(skipped[:2], whole[:2])
+    assert 0 < skipped[2].tokens <= 0.75 * whole[2].tokens
+    # What no micro-batch holds is still in the divisors, so that the same samples alone would weigh more.
+    alone = learner_gradients(policy, [s for s in samples if s.has_signal], objective, ranks=ranks, tokens=tokens)
+    assert abs(alone[0] - whole[0]) > 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_minibatch_without_any_signal_still_runs_every_rank_and_has_no_gradient(
+    policy: Any, groups: list[Group], ranks: int
+) -> None:
+    samples = all_samples(without_signal(groups, range(4)), E3RL_AS_GRPO)
+    loss, gradients, statistics, count = learner_gradients(policy, samples, TOKEN_MEAN, ranks=ranks, skip=True)
+    assert (loss, statistics.tokens, count) == (0.0, 0, ranks)
+    # Every parameter took part, as ZeRO expects.
+    assert gradients.keys() == {name for name, _ in policy.named_parameters()}
+    assert not any(bool(gradient.any()) for gradient in gradients.values())
 
 
 def all_samples(groups: Sequence[Group], advantage: AdvantageConfig) -> list[TrainingSample]:

@@ -2,11 +2,12 @@
 
 import asyncio
 import math
+from typing import Any
 
 import torch
 
 from rollout_server.monitor import Field, Judged
-from rollout_server.records import Inbox, JudgementRecord, Outbox
+from rollout_server.records import Inbox, JudgementRecord, NonFiniteRecord, Outbox, Record
 
 
 def judged(rows: list[dict[Field, float]], longest: int) -> Judged:
@@ -22,10 +23,10 @@ def judged(rows: list[dict[Field, float]], longest: int) -> Judged:
 async def test_what_is_judged_arrives_in_order_and_whole() -> None:
     inbox = Inbox()
     outbox = Outbox(inbox.address, threaded=False)
-    arrived: list[JudgementRecord] = []
+    arrived: list[Any] = []
     complete = asyncio.Event()
 
-    def take(record: JudgementRecord) -> None:
+    def take(record: Record) -> None:
         arrived.append(record)
         if len(arrived) == 3:
             complete.set()
@@ -58,7 +59,7 @@ async def test_what_is_judged_arrives_in_order_and_whole() -> None:
 async def test_what_nobody_watches_waits_for_the_next_end() -> None:
     inbox = Inbox()
     outbox = Outbox(inbox.address, threaded=False)
-    arrived: asyncio.Queue[JudgementRecord] = asyncio.Queue()
+    arrived: asyncio.Queue[Record] = asyncio.Queue()
     receiver = asyncio.create_task(inbox.receive(arrived.put_nowait))
     accepted = judged([{Field.JUDGED: 1, Field.END: 1}], longest=1)
     outbox.put([(1, 1, False)], 5, accepted)
@@ -68,6 +69,26 @@ async def test_what_nobody_watches_waits_for_the_next_end() -> None:
     outbox.put([(3, 1, False)], 7, judged([{Field.JUDGED: 1, Field.END: 1, Field.FINAL: 1}], longest=1))
     async with asyncio.timeout(10.0):
         assert [(await arrived.get()).uid for _ in range(3)] == [1, 2, 3]
+    receiver.cancel()
+    outbox.close()
+    inbox.close()
+
+
+async def test_what_is_not_finite_is_told_behind_what_was_judged_before() -> None:
+    inbox = Inbox()
+    outbox = Outbox(inbox.address, threaded=False)
+    arrived: asyncio.Queue[Record] = asyncio.Queue()
+    receiver = asyncio.create_task(inbox.receive(arrived.put_nowait))
+    outbox.put([(1, 1, False)], 5, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
+    for _ in range(2):
+        outbox.put_non_finite([1, 2, 3], torch.tensor([True, False, True]), version=7)
+    async with asyncio.timeout(10.0):
+        records = [await arrived.get() for _ in range(3)]
+    assert isinstance(records[0], JudgementRecord)
+    assert records[0].uid == 1
+    assert records[1:] == [NonFiniteRecord(1, 7), NonFiniteRecord(3, 7)]
+    assert arrived.empty(), "each is told once"
+    assert list(outbox.ended) == [(1, True), (3, True)]
     receiver.cancel()
     outbox.close()
     inbox.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from common.config import RunConfig, load_config
+from common.manifest import MANIFEST, write_manifest
 from learner.driver_state import DriverState, newest_state, save_state
 from learner.errors import DiskFullError, InputError
 from learner.run_directory import (
@@ -49,6 +51,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def add_checkpoint(directory: RunDirectory, step: int) -> None:
     directory.checkpoint(step).mkdir()
     save_state(directory.checkpoint(step), DriverState(step=step, generated_tokens=100 * step))
+    (directory.checkpoint(step) / "learner").mkdir()
+    (directory.checkpoint(step) / "learner" / "weights").write_bytes(random.Random(step).randbytes(300))
+    write_manifest(directory.checkpoint(step))
 
 
 def test_a_new_run_stores_its_configuration_and_its_places(tmp_path: Path):
@@ -111,9 +116,9 @@ def test_resuming_with_another_configuration_lists_the_differences(tmp_path: Pat
     free: dict[str, Any] = {
         "steps": 9,
         "checkpoint": {"every_steps": 1},
-        "learner": {"step_seconds": 99.0},
+        "learner": {"step_seconds": 99.0, "tokens_per_microbatch": 4096, "gradient_checkpointing": True},
         "sync": {"deadline_seconds": 98.0},
-        "rollout": {"engine": {"response_seconds": 97.0}},
+        "rollout": {"engine": {"response_seconds": 97.0, "max_concurrent_responses": 8, "replicas": 3}},
     }
     # Accuracy before and after would be of other problems.
     changed = config(tmp_path, **free, seed=5, evaluation={"problems": 3, "every_steps": 2})
@@ -154,7 +159,6 @@ def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path: Path):
     directory = RunDirectory.create(config(tmp_path))
     for step in (8, 9, 10):
         add_checkpoint(directory, step)
-    directory.checkpoint(11).mkdir()
     (directory.checkpoints / "step_12.partial").mkdir()
     assert directory.checkpoint_steps() == [8, 9, 10]
     assert newest_state(directory).step == 10
@@ -162,12 +166,52 @@ def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path: Path):
     assert directory.checkpoint_steps() == [9, 10]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path):
+def damage(directory: RunDirectory, step: int) -> None:
+    path = directory.checkpoint(step) / "learner" / "weights"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_is_taken(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    for step in (3, 4, 5):
+        add_checkpoint(directory, step)
+    damage(directory, 5)
+    (directory.checkpoint(4) / MANIFEST).unlink()
+    said = directory.set_damaged_checkpoints_aside()
+    assert ["step_5" in said[0], "step_4" in said[1], len(said)] == [True, True, 2]
+    assert "learner/weights has 299 bytes, 300 were written" in said[0]
+    assert directory.checkpoint_steps() == [3]
+    assert newest_state(directory).step == 3
+    assert directory.set_damaged_checkpoints_aside() == []
+    # Kept to be looked at, until the run is past them.
+    assert sorted(path.name for path in directory.checkpoints.iterdir()) == [
+        "step_3",
+        "step_4.damaged",
+        "step_5.damaged",
+    ]
+    add_checkpoint(directory, 4)
+    directory.keep_newest_checkpoints(2)
+    assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["step_3", "step_4", "step_5.damaged"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_by_itself(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    for step in (3, 4):
+        add_checkpoint(directory, step)
+        damage(directory, step)
+    with pytest.raises(InputError, match=r"(?s)step_4 is damaged.*step_3 is damaged.*no checkpoint that is whole"):
+        directory.set_damaged_checkpoints_aside()
+    assert directory.checkpoint_steps() == [3, 4]
+
+
+def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_still_there(tmp_path: Path):
     directory = RunDirectory.create(config(tmp_path))
     add_checkpoint(directory, 3)
-    (directory.checkpoint(3) / "driver.json").write_text("{")
-    with pytest.raises(InputError, match=r"step_3/driver\.json can't be read"):
-        newest_state(directory)
+    directory.checkpoint(3).rename(directory.checkpoints / "step_3.old.partial")
+    directory.close()
+    again = RunDirectory.resume(config(tmp_path))
+    assert again.set_damaged_checkpoints_aside() == []
+    assert newest_state(again).step == 3
 
 
 def test_going_back_to_a_checkpoint_forgets_what_came_after(tmp_path: Path):

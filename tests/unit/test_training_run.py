@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from common.config import ConfigError, RunConfig
+from common.manifest import write_manifest
 from learner.data import read_rows, rows_digest
 from learner.driver_state import DriverState, save_state
 from learner.errors import InputError
@@ -57,6 +58,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     digest = rows_digest([*read_rows(planned, "train"), *read_rows(planned, "test")])
     directory.checkpoint(1).mkdir()
     save_state(directory.checkpoint(1), DriverState(step=1, position=2, data=digest))
+    write_manifest(directory.checkpoint(1))
     directory.close()
     # The same data gets past this check, to the model, which is not there.
     with pytest.raises(InputError, match=r"model\.path"):
@@ -65,6 +67,37 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     with pytest.raises(InputError, match=r"the data is not what .* was trained on so far"):
         train(planned, resume=True)
     assert directory.checkpoint_steps() == [1]
+
+
+def test_what_can_not_be_resumed_or_forked_is_refused_before_the_data_is_read(tmp_path: Path):
+    data = {"source": "file", "train_path": str(tmp_path / "nowhere.jsonl"), "test_path": str(tmp_path / "n.jsonl")}
+    directory = RunDirectory.create(config(tmp_path, data=data))
+    directory.checkpoint(1).mkdir()
+    save_state(directory.checkpoint(1), DriverState(step=1))
+    write_manifest(directory.checkpoint(1))
+    directory.close()
+    with pytest.raises(InputError, match=r"seed: 0 in the run, 1 now"):
+        train(config(tmp_path, data=data, seed=1), resume=True)
+    with pytest.raises(InputError, match=r"(?s)can't be continued.*learner\.ranks: 1 in the run, 2 now$"):
+        train(
+            config(tmp_path, name="new", data=data, seed=1, learner={"ranks": 2}), resume=False, source=directory.path
+        )
+    with pytest.raises(InputError, match=r"holds no run to fork"):
+        train(config(tmp_path, name="new", data=data), resume=False, source=tmp_path / "other")
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        train(config(tmp_path, name="new", data=data, seed=1), resume=False, source=directory.path)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["test"]
+
+
+def test_a_fork_that_can_not_begin_leaves_no_directory(tmp_path: Path):
+    directory = RunDirectory.create(config(tmp_path))
+    directory.checkpoint(1).mkdir()
+    save_state(directory.checkpoint(1), DriverState(step=1))
+    write_manifest(directory.checkpoint(1))
+    directory.close()
+    with pytest.raises(InputError, match=r"model\.path"):
+        train(config(tmp_path, name="new"), resume=False, source=directory.path)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["test"]
 
 
 def test_a_comparison_needs_learning_rates_that_do_not_depend_on_the_number_of_steps(tmp_path: Path):

@@ -37,6 +37,7 @@ def test_safetensors_reads_back_every_bit(tmp_path: Path) -> None:
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
     assert written.checksum == weight_checksum(TENSORS.values())
+    assert written.not_finite == "norm"
     assert written.bytes == sum(t.numel() * t.element_size() for t in TENSORS.values())
 
 
@@ -73,3 +74,21 @@ def test_without_shared_memory_the_directory_for_temporary_files_is_used(
     monkeypatch.setattr(weight_file, "_SHARED_MEMORY", tmp_path / "missing")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     assert weight_directory(1) == tmp_path
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_first_parameter_that_is_not_finite_is_named(
+    tmp_path: Path, dtype: torch.dtype, value: float | None
+) -> None:
+    # The sum of these overflows, but each is finite.
+    tensors = {name: torch.full((5, 3), torch.finfo(dtype).max, dtype=dtype) for name in ("a", "b", "c")}
+    if value is not None:
+        tensors["b"][4, 2] = tensors["c"][0, 0] = value
+
+    @contextmanager
+    def gathered(name: str) -> Iterator[Tensor]:
+        yield tensors[name]
+
+    shapes = [ParameterShape(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    assert write_weights(tmp_path / "weights", shapes, gathered).not_finite == (None if value is None else "b")

@@ -1,8 +1,9 @@
 """What all models of requests and answers share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 MAX_TOKENS = 16_777_216
 MAX_CHOICES = 128
@@ -10,6 +11,17 @@ MAX_SEED = 2**63 - 1 - MAX_CHOICES
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """An object with more entries is refused before they are looked at, one by one."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            raise PydanticCustomError("too_long", "Object should have at most {entries} entries", {"entries": entries})
+        return value
+
+    return BeforeValidator(check)
 
 
 class RequestModel(BaseModel):

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
-from rollout_server.http.schema.base import AnswerModel, TokenIds
+from rollout_server.http.schema.base import MAX_CHOICES, AnswerModel, TokenIds
 from rollout_server.http.schema.erasure import ErasureEvent, ErasureReport
-from rollout_server.http.schema.sampling import MAX_TOP_LOGPROBS, SamplingRequest
+from rollout_server.http.schema.neutral import Neutral
+from rollout_server.http.schema.sampling import MAX_TOP_LOGPROBS, EmptyList, PromptLogprobs, SamplingRequest
 from rollout_server.http.schema.usage import Usage
 
 MAX_PROMPTS = 1024
@@ -38,18 +39,39 @@ class CompletionRequest(SamplingRequest):
         default=None, ge=0, le=MAX_TOP_LOGPROBS, description="Log-probs of the committed and of the likeliest tokens."
     )
 
+    echo: bool | None = Field(default=None, description="The answer's text, and its logprobs, begin with the prompt.")
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        default=None, description="Only n: all that is generated is answered."
+    )
+    suffix: Annotated[Literal[""] | None, Neutral("the model writes after a prompt, not between two texts")] = None
+    prompt_embeds: Annotated[EmptyList | None, Neutral("prompts are text or token ids")] = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ValueError(f"best_of ({self.best_of}) must be n ({self.choices}): all that is generated is answered")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("max_tokens 0 scores a prompt: give echo with logprobs, or prompt_logprobs, with it")
+        return self
+
     @property
-    def top_logprobs(self) -> int | None:
-        return self.logprobs
+    def scores(self) -> int | None:
+        """How many of the likeliest tokens are told with each token of the prompt; null: the prompt is not scored."""
+        if self.prompt_logprobs is not None:
+            return self.prompt_logprobs
+        return self.logprobs if self.echo else None
 
 
 class CompletionLogprobs(AnswerModel):
-    """The model's own log-probs, before temperature, one entry a committed token."""
+    """The model's own log-probs, before temperature, one entry a committed token.
+
+    With `echo` the prompt's come first; its first token has none.
+    """
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(AnswerModel):
@@ -59,7 +81,10 @@ class CompletionChoice(AnswerModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = Field(description="The stop string, or the id of the token of stop_token_ids.")
     token_ids: list[int] | None = Field(default=None, description="Present if return_token_ids is true.")
+    prompt_token_ids: list[int] | None = Field(default=None, description="Present if return_token_ids is true.")
+    prompt_logprobs: PromptLogprobs | None = Field(default=None, description="Present if the request asks for them.")
     erasure: ErasureReport
 
 
@@ -81,7 +106,11 @@ class CompletionChunkChoice(AnswerModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = Field(
+        default=None, description="In a choice's first chunk, if return_token_ids is true."
+    )
     erasure: ErasureEvent | ErasureReport | None = None
 
 

@@ -1,10 +1,17 @@
 """The `erasure` object of requests and answers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from common.config.erasure import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
+from common.config.erasure import (
+    SHORTEST_DELIMITED,
+    DelimiterSegmentation,
+    ErasurePolicy,
+    FixedSegmentation,
+    SignalWeights,
+    with_default_min_length,
+)
 from rollout_server.http.schema.base import AnswerModel, RequestModel, TokenId
 
 SegmentLength = Annotated[int, Field(ge=1, le=1_048_576)]
@@ -22,8 +29,13 @@ class DelimiterSegments(RequestModel):
 
     mode: Literal["delimiter"]
     delimiter: str = Field(default="\n", min_length=1, max_length=64)
-    min_length: SegmentLength = 1
+    min_length: SegmentLength = SHORTEST_DELIMITED
     max_length: SegmentLength = 512
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_is_within_max_length(cls, data: Any) -> Any:
+        return with_default_min_length(data)
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "DelimiterSegments":
@@ -54,12 +66,25 @@ class ErasureOptions(RequestModel):
     signal: Literal["entropy", "cross_entropy"] | None = None
     window: int | None = Field(default=None, ge=1, le=4096, description="Trailing moving average, in tokens.")
     weights: UncertaintyWeights | None = None
+    min_uncertainty: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1e6,
+        description="Nothing is erased whose uncertainty is below this; left out where a threshold is given: 0.",
+    )
+    statistics: Literal["index", "group"] | None = Field(
+        default=None, description="A segment is compared with the group's others at its index, or with all of them."
+    )
     kappa: float | None = Field(default=None, ge=-10.0, le=10.0)
     gamma: float | None = Field(default=None, ge=0.0, le=10.0)
     eta: float | None = Field(default=None, ge=0.0, le=0.99)
     max_erasures: int | None = Field(default=None, ge=0, le=1000, description="Erasures of one segment at most.")
     regeneration_budget: float | None = Field(
         default=None, ge=0.0, le=100.0, description="Erased tokens at most, as a multiple of the token limit."
+    )
+    on_exhaustion: Literal["last", "best"] | None = Field(
+        default=None,
+        description="Which attempt stays when a segment's erasures are spent: the least uncertain one, or the last.",
     )
     retry_temperature: float | None = Field(
         default=None, ge=0.01, le=2.0, description="Temperature of regenerated segments; null: the request's."
@@ -91,15 +116,26 @@ class ErasureOptions(RequestModel):
             changes["segmentation"] = DelimiterSegmentation(**self.segmentation.model_dump())
         if self.weights is not None:
             changes["weights"] = SignalWeights(**self.weights.model_dump())
+        base = dict(default)
+        if "threshold" in changes and _floor_follows(default, changes["threshold"]):
+            del base["min_uncertainty"]
         # Copied without a check if there is nothing to check, which is most often.
-        return ErasurePolicy(**{**dict(default), **changes}) if changes else default
+        return ErasurePolicy(**{**base, **changes}) if changes else default
+
+
+def _floor_follows(default: ErasurePolicy, threshold: float | None) -> bool:
+    """Whether `min_uncertainty` is as the threshold has it by default, rather than as the server's policy says."""
+    if threshold is None:
+        return default.threshold is not None and default.min_uncertainty == 0.0
+    return default.threshold is None
 
 
 class Segment(AnswerModel):
     """One attempt at one segment. `start`, `end`: positions in the response's tokens at the time of the attempt.
 
     A stop string cuts the last accepted segment: `end`, `text` and `token_ids` are what is left, and the numbers are
-    those of the whole segment, as it was judged.
+    those of the whole segment, as it was judged. With `on_exhaustion: best` the accepted attempt at a segment may be
+    followed by attempts that were erased.
     """
 
     index: int

@@ -67,6 +67,30 @@ class Models(AnswerModel):
     data: list[Model]
 
 
+class Version(AnswerModel):
+    """Of this software."""
+
+    version: str
+
+
+class Load(AnswerModel):
+    """Requests that wait or generate."""
+
+    server_load: int
+
+
+class IsPaused(AnswerModel):
+    """Whether an administrator paused generation."""
+
+    is_paused: bool
+
+
+class CacheReset(AnswerModel):
+    """Whether all replicas forgot their cached prefixes; false while requests hold some."""
+
+    success: bool
+
+
 class LastSync(AnswerModel):
     """A replica's last weight sync. `error`: why it failed."""
 
@@ -77,11 +101,16 @@ class LastSync(AnswerModel):
 
 
 class ReplicaWeights(AnswerModel):
-    """What a replica holds. `checksum`: null until weights have been synced into it."""
+    """What a replica holds. `checksum`: null until weights have been synced into it, and after a sync that failed.
+
+    `error`: why it does not generate. `non_finite_version`: the last weights here whose logits were not finite.
+    """
 
     replica: int
     policy_version: int
     checksum: str | None
+    error: str | None
+    non_finite_version: int | None
     last_sync: LastSync | None
 
 
