@@ -229,8 +229,8 @@ class StubServer:
 
     async def __aenter__(self) -> "StubServer":
         await self.replicas.start()
-        self.client = httpx.AsyncClient(transport=_transport(self.app), base_url="http://public")
-        self.admin = httpx.AsyncClient(transport=_transport(self.admin_app), base_url="http://admin")
+        self.client = httpx.AsyncClient(transport=_transport(self.app), base_url="http://localhost")
+        self.admin = httpx.AsyncClient(transport=_transport(self.admin_app), base_url="http://localhost")
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -9,10 +9,11 @@ from fastapi import FastAPI, Request
 
 from common.weights import WeightUpdate
 from rollout_server.http.base_app import base_app
+from rollout_server.http.body import read_body
 from rollout_server.http.checkpoints import Shapes, prepare_update, tensor_shapes
 from rollout_server.http.errors import ApiError, unavailable
 from rollout_server.http.kept_weights import KeptWeights, remove_leftovers
-from rollout_server.http.openapi import errors, read_body, takes
+from rollout_server.http.openapi import errors, takes
 from rollout_server.http.replicas import Member, ReplicaLost
 from rollout_server.http.schema.service import (
     CacheReset,

@@ -116,7 +116,7 @@ class GenerationAnswer(Response):
                 await generation.finish()
                 # First: what fails here must still be answered with an error.
                 body = await self._encoded(generation.choices)
-                await self._start(send, "application/json")
+                await self._start(send, "application/json", len(body))
                 await send({"type": "http.response.body", "body": body})
         finally:
             places.give_back()
@@ -139,9 +139,11 @@ class GenerationAnswer(Response):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._encoder.end(generation.choices)})
 
-    async def _start(self, send: Send, media_type: str) -> None:
+    async def _start(self, send: Send, media_type: str, length: int | None = None) -> None:
         self._started = True
         headers = [(b"content-type", media_type.encode())]
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
         if self._streams:
             headers += [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

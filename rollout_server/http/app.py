@@ -10,13 +10,14 @@ from common.config.erasure import ErasurePolicy
 from common.trajectory import ResponseRequest, Trajectory
 from rollout_server.http.answer import GenerationAnswer
 from rollout_server.http.base_app import base_app
+from rollout_server.http.body import read_body
 from rollout_server.http.choice import ChoiceOptions
 from rollout_server.http.detokenize import TextOptions, TokenNumbers
 from rollout_server.http.encoders import NDJSON, SSE, AnswerForm, ChatEncoder, CompletionEncoder, RolloutEncoder
 from rollout_server.http.errors import bad_request
 from rollout_server.http.extras import check_scores
 from rollout_server.http.middleware import REQUEST_ID, SPAN, STARTED, USER, header
-from rollout_server.http.openapi import errors, read_body, streamed, takes
+from rollout_server.http.openapi import errors, streamed, takes
 from rollout_server.http.prompts import Truncation, aside, chat_prompt, check_token_ids, completion_prompts
 from rollout_server.http.schema.base import MAX_SEED
 from rollout_server.http.schema.chat import ChatChunk, ChatCompletion

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from rollout_server.http.errors import ApiError, bad_request, of_status, parameter
+from rollout_server.http.guards import HeadAsGet, JsonOnly, LocalOnly
 from rollout_server.http.middleware import REQUEST_ID, Authenticate, LimitBody, Observe
 from rollout_server.http.openapi import DescribedApp, Models, errors
 from rollout_server.http.schema.service import Health
@@ -33,8 +34,14 @@ def base_app(service: Service, title: str, description: str, bodies: Models, str
         redoc_url=None,
         redirect_slashes=False,
     )
+    # Added from the inside out.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
-    app.add_middleware(Authenticate, keys=settings.api_key)
+    app.add_middleware(JsonOnly)
+    if settings.api_key:
+        app.add_middleware(Authenticate, keys=settings.api_key)
+    else:
+        app.add_middleware(LocalOnly)
     app.add_middleware(Observe, metrics=service.metrics, tracing=service.tracing)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _framework_error)

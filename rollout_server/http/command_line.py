@@ -1,6 +1,8 @@
 """Flags of `python -m rollout_server`, made from the settings. Imports nothing heavy, so that `--help` is fast."""
 
 import argparse
+import difflib
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -69,12 +71,24 @@ def read_settings(arguments: list[str] | None = None) -> ServerSettings:
     """
     flags = vars(parser().parse_args(arguments))
     config: Path | None = flags.pop("config")
+    _check_environment()
     try:
         return load_settings(flags, config)
     except ValidationError as error:
         raise UsageError(_describe(error)) from error
     except ConfigError as error:
         raise UsageError(f"--config {' '.join(str(error).split())}") from error
+
+
+def _check_environment() -> None:
+    """A variable with our prefix that is no setting would have no effect: most likely it is misspelt."""
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in ServerSettings.model_fields}
+    for name in sorted(os.environ):
+        # As pydantic does, which takes a variable's name in any case.
+        if name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, 1)
+            suggestion = f"did you mean {near[0]}?" if near else "--help lists the settings"
+            raise UsageError(f"the environment variable {name} is no setting: {suggestion}")
 
 
 def _describe(error: ValidationError) -> str:

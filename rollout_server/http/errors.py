@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",

@@ -8,15 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rollout_server.http.command_line import UsageError
+from rollout_server.http.protocol import Protocol
 from rollout_server.http.settings import ServerSettings
 
 BACKLOG = 2048
-HEADER_SECONDS = 30.0
-MAX_RECEIVED_HEADER_BYTES = 256 * 1024
-"""More than `LimitBody` allows, so that a request a little over the limit is still answered with 431."""
 
 
 def bind(settings: ServerSettings) -> tuple[socket.socket, socket.socket]:
@@ -62,69 +59,22 @@ def url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class BoundedHeaders(HttpToolsProtocol):
-    """uvicorn's protocol, with limits on the bytes and the time that a request's headers may take."""
-
-    _in_headers = True
-    _received = 0
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._expect_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._in_headers:
-            self._received += len(data)
-            if self._received > MAX_RECEIVED_HEADER_BYTES:
-                self._drop()
-                return
-        super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if not self._in_headers:
-            self._expect_headers()
-
-    def on_headers_complete(self) -> None:
-        self._in_headers = False
-        self._stop_timer()
-        super().on_headers_complete()
-
-    def _expect_headers(self) -> None:
-        self._in_headers = True
-        self._received = 0
-        self._stop_timer()
-        self._timer = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._drop)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _drop(self) -> None:
-        self._stop_timer()
-        self.transport.close()
-
-
 class Listener(uvicorn.Server):
     """A uvicorn server on a bound socket; `accepting` is set once it listens."""
 
-    def __init__(self, app: Any, sock: socket.socket, shutdown_seconds: float) -> None:
+    def __init__(self, app: Any, sock: socket.socket, settings: ServerSettings) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=BoundedHeaders,
+                http=Protocol,
+                ws="none",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
                 backlog=BACKLOG,
                 server_header=False,
-                timeout_graceful_shutdown=int(shutdown_seconds) + 1,
+                # A number with a fraction is as good for the loop's timer.
+                timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]
             )
         )
         self.accepting = asyncio.Event()

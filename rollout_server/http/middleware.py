@@ -25,15 +25,17 @@ SPAN = "e3rl.span"
 USER = "e3rl.user"
 MAX_HEADER_BYTES = 32 * 1024
 OPEN_ROUTES = frozenset({"/health"})
-_USABLE_ID = re.compile(r"^[\w.:-]{1,128}$", re.ASCII)
+_USABLE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 def header(scope: Scope, name: bytes) -> str:
-    """A request header's value; empty if there is none."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return str(value.decode("latin-1"))
-    return ""
+    """A request header's value, the first if there are several; empty if there is none."""
+    return next(iter(headers(scope, name)), "")
+
+
+def headers(scope: Scope, name: bytes) -> list[str]:
+    """All values of a request header."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
 async def send_error(send: Send, error: ApiError) -> None:
@@ -58,7 +60,7 @@ class Observe:
             await self._app(scope, receive, send)
             return
         given = header(scope, b"x-request-id")
-        request_id = given if _USABLE_ID.match(given) else uuid.uuid4().hex
+        request_id = given if _USABLE_ID.fullmatch(given) else uuid.uuid4().hex
         started = time.perf_counter()
         scope[REQUEST_ID] = request_id
         scope[STARTED] = started
@@ -126,7 +128,7 @@ class Authenticate:
                     401,
                     "a valid API key is needed: send the header Authorization: Bearer KEY",
                     code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
+                    headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
                 ),
             )
 

@@ -1,45 +1,33 @@
-"""What FastAPI's schema lacks because bodies are read here: request bodies, errors, keys."""
+"""What FastAPI's schema lacks because bodies are not read by it: request bodies, errors, keys."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import FastAPI, Request
-from pydantic import BaseModel, ValidationError
+from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from rollout_server.http.errors import from_validation
 from rollout_server.http.schema.service import ErrorAnswer
 
 REFERENCE = "#/components/schemas/{model}"
 _EXPLANATIONS = {
     400: "A value is wrong, a parameter unknown, or the prompt too long: `param` names it.",
     401: "No valid API key.",
+    403: "Without an API key: `Host` or `Origin` is not this machine's.",
     404: "No such model.",
     408: "The body did not arrive in time.",
     409: "The version is not newer than what has been served.",
     413: "The body is too long.",
+    415: "The body is not `application/json`, or compressed.",
     429: "Too many requests wait; `Retry-After` says when to try again.",
     431: "The headers are too long.",
     500: "An error of the server.",
     503: "No replica is ready.",
     504: "The request's deadline passed.",
 }
-EVERYWHERE = (401, 408, 413, 431, 500)
+EVERYWHERE = (401, 403, 408, 413, 415, 431, 500)
 
-Body = TypeVar("Body", bound=BaseModel)
 Models = Sequence[type[BaseModel]]
-
-
-async def read_body(request: Request, model: type[Body]) -> Body:
-    """The request's JSON body.
-
-    Raises:
-        ApiError: 400 that names the place of the problem.
-    """
-    try:
-        return model.model_validate_json(await request.body() or b"{}")
-    except ValidationError as error:
-        raise from_validation(error) from None
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:

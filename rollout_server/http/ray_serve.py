@@ -63,8 +63,7 @@ class Endpoint:
         admin = bind_admin(settings)
         self._settings = settings
         self._service, self._loader = await start_service(settings)
-        seconds = settings.shutdown_seconds + LAST_WORDS_SECONDS
-        self._admin = Listener(admin_app(self._service, self._loader), admin, seconds)
+        self._admin = Listener(admin_app(self._service, self._loader), admin, settings)
         self._serving = asyncio.create_task(self._admin.run_until_stopped())
         self._watching = asyncio.create_task(self._service.replicas.watch(WATCH_SECONDS))
         self._addresses = url(settings.host, settings.port), address(admin)

@@ -136,8 +136,7 @@ async def serve(settings: ServerSettings) -> None:
         await asyncio.gather(starting, return_exceptions=True)
         return
     service, loader = await starting
-    seconds = settings.shutdown_seconds + LAST_WORDS_SECONDS
-    listeners = [Listener(public_app(service), public, seconds), Listener(admin_app(service, loader), admin, seconds)]
+    listeners = [Listener(public_app(service), public, settings), Listener(admin_app(service, loader), admin, settings)]
     running = [asyncio.create_task(listener.run_until_stopped()) for listener in listeners]
     watching = asyncio.create_task(service.replicas.watch(WATCH_SECONDS))
     ready = asyncio.create_task(_all_accepting(listeners))

@@ -6,10 +6,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from rollout_server.http.base_app import VERSION
+from rollout_server.http.body import read_body
 from rollout_server.http.documentation import add_documentation
 from rollout_server.http.errors import unavailable
 from rollout_server.http.middleware import header
-from rollout_server.http.openapi import errors, read_body, takes
+from rollout_server.http.openapi import errors, takes
 from rollout_server.http.prompts import aside, chat_prompt, check_in_vocabulary, tokenized
 from rollout_server.http.schema.service import IsPaused, Load, Model, Models, NotReady, Ready, ReplicaProbe, Version
 from rollout_server.http.schema.text import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest

@@ -119,6 +119,12 @@ class ServerSettings(BaseSettings):
     )
     request_seconds: float = _limits(600.0, "Deadline for a request, waiting included.", gt=0.0, le=86_400.0)
     body_seconds: float = _limits(30.0, "Deadline for a request's body to arrive.", gt=0.0, le=3600.0)
+    keep_alive_seconds: float = _limits(
+        75.0,
+        "How long a connection may be idle between requests; best longer than clients' pools keep theirs.",
+        gt=0.0,
+        le=86_400.0,
+    )
     probe_seconds: float = _limits(5.0, "Deadline for a replica to answer a probe.", gt=0.0, le=600.0)
     shutdown_seconds: float = _limits(
         30.0, "What requests under way have after SIGTERM before they are cancelled.", ge=0.0, le=3600.0

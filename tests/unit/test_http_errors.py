@@ -145,7 +145,7 @@ async def test_what_can_not_be_encoded_is_an_error_and_no_broken_answer(monkeypa
 )
 async def test_what_is_no_json_object_is_a_400(raw: bytes) -> None:
     async with erasing_server() as server:
-        answer = await server.client.post("/v1/completions", content=raw)
+        answer = await server.client.post("/v1/completions", content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     ErrorAnswer.model_validate_json(answer.text)
 

@@ -14,6 +14,8 @@ from rollout_server.http.schema.service import ErrorAnswer
 from rollout_server.http.tracing import Tracing, otlp_tracing
 from tests.stub_replica import ERASING, erasing_server
 
+JSON = {"content-type": "application/json"}
+
 
 async def test_every_route_but_health_needs_a_key() -> None:
     keys = ("first-key-123", "second-key-456")
@@ -42,7 +44,7 @@ async def test_bodies_and_headers_have_limits() -> None:
 
     async with erasing_server(max_body_bytes=2048) as server:
         long = await server.post(prompt="a" * 3000)
-        without_length = await server.client.post("/v1/completions", content=chunked())
+        without_length = await server.client.post("/v1/completions", content=chunked(), headers=JSON)
         headers = await server.client.get("/health", headers={"x-long": "a" * 40_000})
     assert (long.status_code, without_length.status_code, headers.status_code) == (413, 413, 431)
     for answer in (long, without_length, headers):
