@@ -189,6 +189,7 @@ class ResponseRequest(StrictModel):
     plain member of a mixed group, which feeds the group's statistics and is never erased.
     `top_p`, `top_k` (0: off) and `min_p` truncate what is sampled from; behaviour log-probs are not corrected for them.
     `top_logprobs`: how many of the most likely tokens a listener is told with each sampled one; null: no log-probs.
+    `stop`: strings that end the response where the rollout pool generates it; the endpoint looks for them itself.
     `resume_from`: attempts that were judged before, on an engine that was lost: generation goes on after the last.
     """
 
@@ -205,6 +206,7 @@ class ResponseRequest(StrictModel):
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     top_logprobs: int | None = Field(default=None, ge=0)
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
     extras: SamplingExtras = NO_EXTRAS
     policy: ErasurePolicy | None = None
     erasable: bool = True

@@ -10,16 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config.run import AdvantageConfig
+from common.config.run import AdvantageConfig, NoOverlong, Overlong
 from common.seeds import derive_seed
 from common.trajectory import Group, Trajectory
 from learner.advantages import group_advantages, token_advantages
 from learner.objectives import MinibatchTotals
+from learner.overlong import is_masked
 
 PADDING_TARGET = 0.08
 """Padding share up to which fewer micro-batches are preferred to less padding."""
 
 BISECTIONS = 12
+
+NO_OVERLONG = NoOverlong()
 
 EMPTY_TOKENS = 2
 """Tokens that a micro-batch without samples runs through the model."""
@@ -82,20 +85,24 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def response_samples(trajectories: Sequence[Trajectory], config: AdvantageConfig) -> list[list[TrainingSample]]:
+def response_samples(
+    trajectories: Sequence[Trajectory], config: AdvantageConfig, overlong: Overlong = NO_OVERLONG
+) -> list[list[TrainingSample]]:
     """Samples of one group, for each response those to learn from: itself, and its erased attempts if they count.
 
-    A response without tokens takes part in the group's baseline and gives no sample.
+    A response without tokens, or one that `overlong` masks, takes part in the group's baseline and gives no sample.
     """
     advantages = group_advantages(trajectories, config)
-    samples = []
+    samples: list[list[TrainingSample]] = []
     for trajectory, segments in zip(trajectories, advantages.segments, strict=True):
-        own = []
+        own: list[TrainingSample] = []
+        samples.append(own)
+        if is_masked(trajectory, overlong):
+            continue
         if trajectory.token_ids:
             own.append(_committed_sample(trajectory, token_advantages(trajectory, segments)))
         if advantages.erased != 0.0:
             own += _erased_samples(trajectory, advantages.erased)
-        samples.append(own)
     return samples
 
 
@@ -130,14 +137,19 @@ def _erased_samples(trajectory: Trajectory, advantage: float) -> list[TrainingSa
 
 
 def split_minibatches(
-    groups: Sequence[Group], config: AdvantageConfig, minibatches: int, seed: int, step: int
+    groups: Sequence[Group],
+    config: AdvantageConfig,
+    minibatches: int,
+    seed: int,
+    step: int,
+    overlong: Overlong = NO_OVERLONG,
 ) -> list[list[TrainingSample]]:
     """The samples of a rollout in at most `minibatches` parts, shuffled by `seed` and `step` alone.
 
     Groups stay whole, so that each part keeps their baseline; only where there are fewer groups than parts are
     responses dealt out one by one. Parts without a sample are left out.
     """
-    by_group = [response_samples(group.trajectories, config) for group in groups]
+    by_group = [response_samples(group.trajectories, config, overlong) for group in groups]
     units = [[sample for response in group for sample in response] for group in by_group]
     if len(units) < minibatches:
         units = [response for group in by_group for response in group]

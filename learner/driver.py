@@ -30,6 +30,7 @@ from learner.step_checks import Decoder, count_steps
 from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
 from learner.treatment import TreatedShare, first_treated_sample, plain_outcome, training_requests
+from learner.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,13 @@ class Driver:
         self._display = display
         self._share = TreatedShare(config.rollout.group_share, state.success_rate)
         self._problems.stream.restore(state.epoch, state.position)
+        self._watch = Watch(config.warnings)
         self._clock = 0.0
         # The step whose weights the learner holds; None while it has none, or is in the middle of a step.
         self._learner_step: int | None = None
         self._weight_bytes = 0
+        # A checkpoint that is being written while the next step generates.
+        self._saving: asyncio.Task[None] | None = None
         self.start_seconds = 0.0
 
     async def run(self) -> None:
@@ -146,10 +150,16 @@ class Driver:
             step = self._state.step + 1
             self._display.phase("training", self._state.step, config.steps)
             metrics = await self._step(step, stop)
+            for text in self._watch.check(step, metrics):
+                log.warning(text)
+                self._display.message(text)
+            metrics[names.WARNINGS] = self._watch.active
             self._record.add_step(metrics)
             self._display.step(metrics, config.steps)
             if config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
                 await self._checkpoint()
+            elif config.checkpoint.latest and not self._is_finished():
+                self._saving = asyncio.create_task(self._write_checkpoint(self._state))
             paused = time.monotonic()
             await self._evaluate_if_due(stop)
             self._clock += time.monotonic() - paused
@@ -174,6 +184,8 @@ class Driver:
         rewarded = time.monotonic()
         with part("rollout", step):
             rollouts_state = await self._rollouts.state()
+        await self._saved()
+        ready = time.monotonic()
         self._learner_step = None
         metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step} | scored.metrics
         # Recorded while the learner works: it takes the driver's time, not the step's.
@@ -190,13 +202,14 @@ class Driver:
         rollout_seconds = generated - begin
         parts = {
             names.ROLLOUT_SECONDS: rollout_seconds,
-            names.TRAIN_SECONDS: trained - rewarded,
+            names.TRAIN_SECONDS: trained - ready,
             names.SYNC_SECONDS: synced - trained,
         }
         now = time.monotonic()
         metrics |= parts | {
             names.STEP_SECONDS: now - self._clock,
             names.OTHER_SECONDS: now - self._clock - sum(parts.values()),
+            names.CHECKPOINT_WAIT_SECONDS: ready - rewarded,
             names.TOKENS_PER_SECOND: metrics[names.GENERATED_TOKENS] / rollout_seconds,
         }
         # Whatever follows, such as writing the metrics or a checkpoint, is in the next step's time.
@@ -212,7 +225,8 @@ class Driver:
     def _finish_step(
         self, step: int, groups: list[Group], first_treated: int, rollouts_state: list[Any], metrics: dict[str, Any]
     ) -> None:
-        self._share.update(*plain_outcome(groups, first_treated))
+        threshold = self._config.evaluation.success_threshold
+        self._share.update(*plain_outcome(groups, first_treated, threshold))
         stream, before = self._problems.stream, self._state
         total = before.generated_tokens + metrics[names.GENERATED_TOKENS]
         self._state = DriverState(
@@ -246,7 +260,9 @@ class Driver:
         return report.bytes
 
     def _scoring(self, step: int, prompts: Sequence[Prompt], requests: Sequence[Sequence[ResponseRequest]]) -> Scoring:
-        return Scoring(self._rewards, prompts, sum(map(len, requests)), self._problems.decoder, step)
+        return Scoring(
+            self._rewards, prompts, sum(map(len, requests)), self._problems.decoder, step, self._config.rollout.stop
+        )
 
     async def _evaluate_if_due(self, stop: StopRequest) -> None:
         step, every = self._state.step, self._config.evaluation.every_steps
@@ -292,6 +308,7 @@ class Driver:
                 scored.tally.timeouts,
                 scored.tally.errors,
                 scored.tally.unusable_answers,
+                success_threshold=config.evaluation.success_threshold,
             )
         self._record.add_evaluation(evaluation)
         self._display.message(
@@ -304,11 +321,17 @@ class Driver:
 
         The first evaluation changes the state of step 0, of which there may be one from before it.
         """
+        await self._saved()
         state = self._state
         written = state.step in self._directory.checkpoint_steps() and newest_state(self._directory) == state
         if self._learner_step != state.step or written:
             return
         self._display.phase(f"writing the checkpoint of step {state.step}")
+        await self._write_checkpoint(state)
+
+    async def _write_checkpoint(self, state: DriverState) -> None:
+        """Write a checkpoint of the weights that the learner holds, which are those of `state`."""
+        settings = self._config.checkpoint
         size = CHECKPOINT_COPIES[self._config.model.dtype] * self._weight_bytes
         require_space(self._directory.checkpoint(state.step), size)
         with part("checkpoint", state.step), replacing(self._directory.checkpoint(state.step)) as partial:
@@ -317,7 +340,13 @@ class Driver:
             save_state(partial, state)
             await asyncio.to_thread(write_manifest, partial)
         with part("checkpoint", state.step):
-            self._directory.keep_newest_checkpoints(self._config.checkpoint.keep)
+            self._directory.delete_old_checkpoints(settings.every_steps, settings.keep)
+
+    async def _saved(self) -> None:
+        """Wait for the checkpoint that is being written: the learner must stay as it is for so long."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await saving
 
     async def _rescue(self, error: PartError) -> None:
         """Keep the last finished step after a failure elsewhere; not on a full disk or by a failed learner."""
@@ -337,6 +366,9 @@ class Driver:
 
     async def _close(self) -> None:
         self._display.phase("stopping the replicas and the learner")
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.gather(self._saving, return_exceptions=True)
         for name, closing in (
             ("rollout", self._rollouts.close()),
             ("learner", self._learner.close()),

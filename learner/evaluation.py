@@ -11,7 +11,7 @@ from common.seeds import derive_seed
 from common.trajectory import Group, Prompt, ResponseRequest
 from learner.step_checks import StepCounts
 from learner.step_metrics import erase_rate
-from learner.treatment import SUCCESS_REWARD
+from learner.treatment import is_success
 
 Mode = Literal["plain", "erasable"]
 MODES: tuple[Mode, ...] = ("plain", "erasable")
@@ -61,6 +61,7 @@ def evaluation_requests(config: RunConfig, prompts: Sequence[Prompt], mode: Mode
                 prompt_token_ids=prompt.token_ids,
                 max_tokens=config.rollout.max_response_tokens,
                 temperature=config.rollout.temperature,
+                stop=config.rollout.stop,
                 policy=config.rollout.erasure if mode == "erasable" else None,
                 erasable=mode == "erasable",
             )
@@ -80,16 +81,18 @@ def evaluate_groups(
     reward_timeouts: int = 0,
     reward_errors: int = 0,
     reward_unusable_answers: int = 0,
+    *,
+    success_threshold: float,
 ) -> Evaluation:
     """The figures of one evaluation's rewarded groups. `counts`: null where steps can't be checked."""
     responses = [trajectory for group in groups for trajectory in group.trajectories]
-    successes = [sum(is_success(t.reward) for t in group.trajectories) for group in groups]
+    successes = [sum(is_success(t.reward, success_threshold) for t in group.trajectories) for group in groups]
     return Evaluation(
         step=step,
         mode=mode,
         problems=len(groups),
         k=k,
-        avg_at_k=fmean(is_success(t.reward) for t in responses),
+        avg_at_k=fmean(is_success(t.reward, success_threshold) for t in responses),
         pass_at_k=fmean(
             pass_at_k(len(group.trajectories), count, k) for group, count in zip(groups, successes, strict=True)
         ),
@@ -105,11 +108,6 @@ def evaluate_groups(
         erase_rate=erase_rate(responses),
         seconds=seconds,
     )
-
-
-def is_success(reward: float | None) -> bool:
-    """Whether a reward counts as a right response."""
-    return (reward or 0.0) >= SUCCESS_REWARD
 
 
 def pass_at_k(responses: int, successes: int, k: int) -> float:

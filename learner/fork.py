@@ -27,8 +27,10 @@ FIXED_ON_FORK = (
     "model.dtype",
     "learner.ranks",
     "learner.zero_stage",
+    "learner.grad_accum_dtype",
 )
-"""Settings that a checkpoint's files depend on: whose weights they are, and how they are divided among the ranks."""
+"""Settings that a checkpoint's files depend on: whose weights they are, how they are divided among the ranks, and which
+of DeepSpeed's optimizers wrote them."""
 
 _DECIDES_EVALUATIONS = ("evaluation", "data", "reward", "rollout", "model")
 

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common import metrics
-from common.config.run import LearnerConfig, RunConfig
+from common.config.run import LearnerConfig, MaskOverlong, RunConfig
 from common.manifest import write_manifest
 from common.out_of_memory import learner_advice, ran_out_of_memory
 from common.trajectory import Group
@@ -21,8 +21,9 @@ from common.weights import WeightUpdate
 from learner.batching import RankBatch, rank_batches, split_minibatches, token_counts
 from learner.errors import PartError
 from learner.objectives import ObjectiveStatistics
+from learner.overlong import shaped_groups
 from learner.policy import PolicyError
-from learner.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, Placement
+from learner.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, NotFiniteError, Placement
 from learner.weight_file import WrittenWeights, file_prefix, remove_weight_files
 
 GRACE_SECONDS = 5.0
@@ -150,9 +151,15 @@ class LearnerGroup:
     def _minibatches(self, groups: Sequence[Group], step: int) -> list[list[RankBatch]]:
         """[minibatch][rank]"""
         learner = self._config.learner
-        parts = split_minibatches(groups, learner.advantage, learner.minibatches_per_step, self._config.seed, step)
+        groups = shaped_groups(groups, learner.overlong, self._config.rollout.max_response_tokens)
+        parts = split_minibatches(
+            groups, learner.advantage, learner.minibatches_per_step, self._config.seed, step, learner.overlong
+        )
         if not parts:
-            raise ValueError(f"step {step} has no response to learn from")
+            if not isinstance(learner.overlong, MaskOverlong):
+                raise ValueError(f"step {step} has no response to learn from")
+            # All were cut off. The optimizer takes its step with a gradient of 0, as for groups without signal.
+            parts = [[]]
         # A KL to the start policy pulls at responses without an advantage, too.
         skip = learner.objective.kl_coefficient == 0.0
         return [rank_batches(part, learner.ranks, learner.tokens_per_microbatch, skip) for part in parts]
@@ -252,6 +259,11 @@ def _failure(
         failure = LearnerError(f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]} ({advice})")
     elif isinstance(cause, PolicyError):
         failure = LearnerError(str(cause))
+    elif isinstance(cause, NotFiniteError):
+        failure = LearnerError(
+            f"{what}: {cause}. The checkpoint of the step before is not touched: --resume does this step again, --fork "
+            "NAME goes on from there with other settings, such as a lower learning rate"
+        )
     else:
         text = f"{type(cause).__name__}: {cause}"
         if ran_out_of_memory(text):

@@ -28,6 +28,7 @@ from learner.weight_file import ParameterShape, WrittenWeights, weight_directory
 
 CHECKPOINT_TAG = "deepspeed"
 CHECKPOINT_DESCRIPTION = "learner.json"
+_DEEPSPEED_TYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class MinibatchResult:
     statistics: ObjectiveStatistics
     gradient_norm: float
     learning_rate: float
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient is infinite or no number: what is trained from there on is lost."""
 
 
 class LearnerRank:
@@ -108,7 +113,13 @@ class LearnerRank:
 
     def train(self, batches: list[RankBatch]) -> list[MinibatchResult]:
         """One optimizer step for each minibatch, of which this rank gets its micro-batches."""
-        return [self._train_minibatch(batch) for batch in batches]
+        results = []
+        for number, batch in enumerate(batches, start=1):
+            try:
+                results.append(self._train_minibatch(batch))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"minibatch {number} of {len(batches)}: {error}") from None
+        return results
 
     def export_weights(self, file_name: str) -> WrittenWeights | None:
         """Rank 0 writes the parameters into shared memory and returns what it wrote; the others return None."""
@@ -179,9 +190,15 @@ class LearnerRank:
             self._engine.backward(loss * self._world_size)
             loss_sum += float(loss.detach())
             total.add(statistics)
+        ratios = f"importance ratios from {total.ratio_min:.3g} to {total.ratio_max:.3g}"
+        if not math.isfinite(loss_sum):
+            raise NotFiniteError(f"the loss is {loss_sum}, on learner rank {self._rank}, with {ratios}")
         norm = self._unclipped_norm()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        # DeepSpeed says -1 where it found an overflow.
+        if not math.isfinite(norm) or norm < 0.0:
+            raise NotFiniteError(f"the gradient's norm is {norm} with a loss of {loss_sum:.3g} and {ratios}")
         return MinibatchResult(loss_sum, total, norm, rate)
 
     def _loss(self, samples: list[TrainingSample], totals: MinibatchTotals) -> tuple[Tensor, ObjectiveStatistics]:
@@ -245,12 +262,16 @@ class LearnerRank:
     def _deepspeed_config(self, model: nn.Module) -> dict[str, Any]:
         """Micro-batches are counted by `_train_minibatch`, so DeepSpeed's own sizes are all 1."""
         settings: Any = getattr(model, "config", None)
+        accumulated = _DEEPSPEED_TYPES[self._config.learner.grad_accum_dtype]
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._config.learner.optimizer.max_gradient_norm,
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": self._config.model.dtype == "bfloat16"},
+            "data_types": {"grad_accum_dtype": accumulated},
+            # Else they are rounded to the model's type again on their way between the ranks, and summed in it there.
+            "communication_data_type": accumulated,
             "zero_optimization": {
                 "stage": self._stage,
                 # Vectors stay whole on every rank, matrices are partitioned, however small the model is.

@@ -57,6 +57,7 @@ def build_report(
         "seconds": seconds | {"evaluation": sum(e.seconds for e in evaluations)} | dict(process_seconds),
         "working_share": working / seconds["steps"] if seconds["steps"] else None,
         "peak_memory_gib": peak_memory_gib,
+        "warned_steps": sum(1 for line in metrics if line.get(names.WARNINGS)),
         "learner_tokens": int(_total(metrics, names.LEARNER_TOKENS)),
     }
 
@@ -87,6 +88,8 @@ def final_table(report: Mapping[str, Any], directory: Path) -> RenderableType:
     costs.add_row("seconds", ", ".join(f"{part} {seconds[part]:.0f}" for part in parts if part in seconds))
     costs.add_row("generating or training", _share(report["working_share"]) + " of a step's time")
     costs.add_row("peak memory", f"{report['peak_memory_gib']:.1f} GiB, this process and those it started")
+    if report["warned_steps"]:
+        costs.add_row("warnings", f"in {report['warned_steps']} of {report['steps']} steps, see log/driver.log")
     costs.add_row("files", f"{directory}: report.json, metrics.jsonl, plots/, trajectories/, policy/")
     return Stack(accuracy, costs)
 

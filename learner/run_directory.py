@@ -25,6 +25,7 @@ CHANGEABLE_ON_RESUME = (
     "token_budget",
     "evaluation.every_steps",
     "checkpoint",
+    "warnings",
     "runs_directory",
     "sync",
     "learner.step_seconds",
@@ -136,11 +137,19 @@ class RunDirectory:
             path.rename(aside)
         return [text for _, text in damaged]
 
-    def keep_newest_checkpoints(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints, and those that were set aside before them."""
+    def delete_old_checkpoints(self, every: int, keep: int) -> None:
+        """Delete all but the newest checkpoint and the newest `keep` of every `every`-th step (0: of any).
+
+        Where there are fewer of these, other steps' take their place, so that `keep` there are. Those that were set
+        aside go with the steps that they were of.
+        """
         steps = self.checkpoint_steps()
-        for step in steps[:-keep]:
-            self._delete_checkpoint(step)
+        regular = [step for step in steps if every == 0 or step % every == 0]
+        kept = {*regular[-keep:], *steps[-1:]}
+        kept |= {*[step for step in steps if step not in kept][len(steps) - max(keep, len(kept)) :]}
+        for step in steps:
+            if step not in kept:
+                self._delete_checkpoint(step)
         for aside in self.checkpoints.glob(f"step_*{DAMAGED}"):
             number = aside.name.removeprefix("step_").removesuffix(DAMAGED)
             if number.isdecimal() and steps and int(number) <= steps[-1]:

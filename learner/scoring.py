@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from common import metrics as names
+from common.stops import text_before_stop
 from common.trajectory import Group, Prompt, Trajectory
 from learner.errors import PartError, part
 from learner.rewards import RewardItem, Rewards, Score, Tally
@@ -44,16 +45,25 @@ class Scored:
 class Scoring:
     """The rewards of one rollout: `add` every response as it finishes, then `finish`.
 
+    A response's text is the decoding of its committed tokens, special ones left out, up to the stop string that ended
+    it.
     An asynchronous context manager: leaving it cancels what is still being scored.
     """
 
     def __init__(
-        self, rewards: Rewards, prompts: Sequence[Prompt], responses: int, decoder: Decoder, step: int
+        self,
+        rewards: Rewards,
+        prompts: Sequence[Prompt],
+        responses: int,
+        decoder: Decoder,
+        step: int,
+        stops: Sequence[str] = (),
     ) -> None:
         self._rewards = rewards
         self._prompts = {prompt.id: prompt for prompt in prompts}
         self._decoder = decoder
         self._step = step
+        self._stops = stops
         self._texts: dict[Key, str] = {}
         self._scores: dict[Key, asyncio.Task[Score]] = {}
         self._tally = Tally(responses)
@@ -77,8 +87,8 @@ class Scoring:
         if prompt is None or key in self._scores:
             # Nobody asked for it; whoever collects the responses says so.
             return
-        # The text is the decoding of the committed tokens, special ones left out.
-        (text,) = self._decoder.batch_decode([trajectory.token_ids], skip_special_tokens=True)
+        (decoded,) = self._decoder.batch_decode([trajectory.token_ids], skip_special_tokens=True)
+        text = text_before_stop(decoded, self._stops)
         item = RewardItem(
             prompt_id=prompt.id,
             prompt=prompt.text,

@@ -210,6 +210,8 @@ def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, displa
 def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Problems:
     display.phase("reading the tokenizer and the prompts")
     tokenizer = load_tokenizer(config)
+    if config.rollout.stop and not tokenizer.is_fast:
+        raise InputError(f"rollout.stop: the tokenizer of {config.model.path} has no tokenizer.json, which it needs")
     limit = config.rollout.max_prompt_tokens
     sets = {split: tokenise(rows, tokenizer, limit, split) for split, rows in prepared.rows.items()}
     for split, prompts in sets.items():

@@ -5,9 +5,6 @@ from common.config.run import RunConfig
 from common.seeds import derive_seed
 from common.trajectory import Group, Prompt, ResponseRequest
 
-SUCCESS_REWARD = 0.5
-"""A response succeeds if its reward is at least this; rewards of the built-in tasks are 0 or 1."""
-
 
 class TreatedShare:
     """Whether the configured share applies to the next step. Source: ours.
@@ -60,6 +57,7 @@ def training_requests(config: RunConfig, step: int, prompt: Prompt, share_applie
                 prompt_token_ids=prompt.token_ids,
                 max_tokens=rollout.max_response_tokens,
                 temperature=temperature,
+                stop=rollout.stop,
                 policy=rollout.erasure,
                 erasable=is_treated and isinstance(treatment, ErasureTreatment),
             )
@@ -72,7 +70,12 @@ def first_treated_sample(config: RunConfig, share_applies: bool) -> int:
     return config.rollout.responses_per_group - (config.treated_per_group if share_applies else 0)
 
 
-def plain_outcome(groups: list[Group], first_treated: int) -> tuple[int, int]:
+def plain_outcome(groups: list[Group], first_treated: int, success_threshold: float) -> tuple[int, int]:
     """(successes, responses) of the plain members."""
-    rewards = [t.reward or 0.0 for group in groups for t in group.trajectories if t.sample < first_treated]
-    return sum(reward >= SUCCESS_REWARD for reward in rewards), len(rewards)
+    rewards = [t.reward for group in groups for t in group.trajectories if t.sample < first_treated]
+    return sum(is_success(reward, success_threshold) for reward in rewards), len(rewards)
+
+
+def is_success(reward: float | None, success_threshold: float) -> bool:
+    """Whether a reward counts as a right response."""
+    return (reward or 0.0) >= success_threshold

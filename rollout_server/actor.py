@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import ResponseRequest, Trajectory
@@ -35,7 +35,7 @@ class RolloutActor:
 
     async def generate(self, requests: Sequence[ResponseRequest]) -> AsyncIterator[Trajectory]:
         """Generate a group; yields each trajectory as it finishes. The first failure cancels the others."""
-        tasks = [asyncio.create_task(self._started().generate(request)) for request in requests]
+        tasks = [asyncio.create_task(self._generate(request)) for request in requests]
         try:
             for finished in asyncio.as_completed(tasks):
                 yield await finished
@@ -43,6 +43,15 @@ class RolloutActor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _generate(self, request: ResponseRequest) -> Trajectory:
+        engine = self._started()
+        if not request.stop:
+            return await engine.generate(request)
+        from rollout_server.stopping import generate_until_stop
+
+        tokenizer: Any = engine.llm.get_tokenizer()
+        return await generate_until_stop(engine, tokenizer.backend_tokenizer, request)
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> ReplicaSync:
         """Load new weights; raises `WeightSyncError` if they did not arrive as sent."""

@@ -31,6 +31,7 @@ class FakeRollouts:
     def __init__(self, on_generate: Hook = lambda call: None, hang: bool = False) -> None:
         self.on_generate = on_generate
         self.hang = hang
+        self.pause_seconds = 0.0
         self.version = 0
         self.calls = 0
         self.requests: list[list[ResponseRequest]] = []
@@ -42,6 +43,7 @@ class FakeRollouts:
 
     async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
         self.calls += 1
+        await asyncio.sleep(self.pause_seconds)
         self.on_generate(self.calls)
         if self.hang:
             try:

@@ -143,3 +143,10 @@ def process_id(prompt: str, response: str, answer: str) -> int:
 def even_bytes(prompt: str, response: str, answer: str) -> float:
     """1 for about half of all texts, whatever a model writes."""
     return float(sum(response.encode()) % 2 == 0)
+
+
+def even_bytes_for_a_while(prompt: str, response: str, answer: str) -> float:
+    """As `even_bytes`; once there is a file `slow` in the directory that the environment names, half a minute each."""
+    while os.path.exists(os.path.join(os.environ["E3RL_TEST_DIRECTORY"], "slow")):
+        time.sleep(30.0)
+    return even_bytes(prompt, response, answer)

@@ -58,14 +58,22 @@ class EngineConfig(StrictModel):
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
 
 
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
 class RolloutConfig(StrictModel):
-    """What is generated in a step, and how."""
+    """What is generated in a step, and how.
+
+    `stop`: strings that end a response, in training and in evaluations. They are found in committed text; the response
+    ends with the token that completes one, and its text before it.
+    """
 
     groups_per_step: int = Field(default=8, ge=1)
     responses_per_group: int = Field(default=8, ge=2)
     max_prompt_tokens: int = Field(ge=1)
     max_response_tokens: int = Field(ge=1)
     temperature: Temperature = Field(default=1.0, gt=0.0)
+    stop: tuple[StopString, ...] = Field(default=(), max_length=64)
     group_share: GroupShare = ShareAdaptive()
     treatment: Treatment = ErasureTreatment()
     erasure: ErasurePolicy = ErasurePolicy()
@@ -116,6 +124,29 @@ class AdvantageConfig(StrictModel):
     erased_weight: float = Field(default=0.0, ge=0.0, le=10.0)
 
 
+class NoOverlong(StrictModel):
+    """Responses that reach the token limit are learnt from like others."""
+
+    mode: Literal["none"] = "none"
+
+
+class MaskOverlong(StrictModel):
+    """Responses that were cut off at the limit count in their group's baseline and carry no loss. Source: DAPO."""
+
+    mode: Literal["mask"] = "mask"
+
+
+class ShapeOverlong(StrictModel):
+    """Rewards fall linearly over the last `buffer_tokens` before the limit, by `penalty` at the limit. Source: DAPO."""
+
+    mode: Literal["shape"] = "shape"
+    buffer_tokens: int = Field(ge=1)
+    penalty: float = Field(default=1.0, gt=0.0, le=1e6)
+
+
+Overlong = Annotated[NoOverlong | MaskOverlong | ShapeOverlong, Field(discriminator="mode")]
+
+
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -132,7 +163,10 @@ class OptimizerConfig(StrictModel):
 
 
 class LearnerConfig(StrictModel):
-    """The DeepSpeed learner. `minibatches_per_step`: optimizer steps a rollout is split into."""
+    """The DeepSpeed learner. `minibatches_per_step`: optimizer steps a rollout is split into.
+
+    `grad_accum_dtype`: what the gradients of micro-batches are summed in; in bfloat16 small ones are lost in the sum.
+    """
 
     ranks: int = Field(default=1, ge=1, le=4096)
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -140,9 +174,11 @@ class LearnerConfig(StrictModel):
     minibatches_per_step: int = Field(default=2, ge=1)
     tokens_per_microbatch: int = Field(default=8192, ge=1, description="Padded tokens of one forward pass, one rank.")
     gradient_checkpointing: bool = False
+    grad_accum_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ClippedObjective = ClippedObjective()
     advantage: AdvantageConfig = AdvantageConfig()
+    overlong: Overlong = NoOverlong()
     step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
 
 
@@ -154,19 +190,42 @@ class SyncConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Avg@k and Pass@k on held-out problems, before and after training, and every `every_steps` steps (0: never)."""
+    """Avg@k and Pass@k on held-out problems, before and after training, and every `every_steps` steps (0: never).
+
+    `success_threshold`: a response succeeds if its reward is at least this, in evaluations and for
+    `rollout.group_share` alike.
+    """
 
     problems: int = Field(default=64, ge=1)
     responses_per_problem: int = Field(default=4, ge=1)
     every_steps: int = Field(default=0, ge=0)
+    success_threshold: float = 0.5
     seed: int = 1
 
 
+class WarningsConfig(StrictModel):
+    """Thresholds of a step's metrics, past which the run says so and goes on. Null: never.
+
+    Above `truncated_share` (of responses that were cut off) and `repeated_share` (of their text); below `entropy` (of
+    the policy, in nats) and `reward_spread` (standard deviation of a group's rewards).
+    """
+
+    truncated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
+    repeated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
+    entropy: float | None = Field(default=0.01, ge=0.0)
+    reward_spread: float | None = Field(default=0.001, ge=0.0)
+
+
 class CheckpointConfig(StrictModel):
-    """`every_steps`: 0 writes only at the end and on interruption. `keep`: newest checkpoints kept."""
+    """`every_steps`: 0 writes only at the end and on interruption. `keep`: newest of these that are kept.
+
+    `latest`: the last finished step is always on disk, too. It is written while the next one generates, and replaces
+    the one before, so that a run that is killed at any moment loses the step that was under way and no other.
+    """
 
     every_steps: int = Field(default=10, ge=0)
     keep: int = Field(default=2, ge=1)
+    latest: bool = True
 
 
 class RunConfig(StrictModel):
@@ -188,6 +247,7 @@ class RunConfig(StrictModel):
     sync: SyncConfig = SyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    warnings: WarningsConfig = WarningsConfig()
 
     @property
     def responses_per_step(self) -> int:
@@ -207,6 +267,7 @@ class RunConfig(StrictModel):
             _batches_fit,
             _negatives_exist,
             _precision_fits,
+            _buffer_fits,
         ):
             check(self)
         return self
@@ -266,3 +327,13 @@ def _negatives_exist(config: RunConfig) -> None:
 def _precision_fits(config: RunConfig) -> None:
     if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
         raise ValueError("learner.zero_stage 0 trains in float32 only; model.dtype 'bfloat16' needs stage 1, 2 or 3")
+    if config.model.dtype == "float32" and config.learner.grad_accum_dtype == "bfloat16":
+        raise ValueError("learner.grad_accum_dtype 'bfloat16' needs model.dtype 'bfloat16': gradients are float32 else")
+
+
+def _buffer_fits(config: RunConfig) -> None:
+    overlong, limit = config.learner.overlong, config.rollout.max_response_tokens
+    if isinstance(overlong, ShapeOverlong) and overlong.buffer_tokens > limit:
+        raise ValueError(
+            f"learner.overlong.buffer_tokens ({overlong.buffer_tokens}) exceeds max_response_tokens ({limit})"
+        )

@@ -62,7 +62,8 @@ def _find(name: str) -> Callable[..., Any]:
         raise InputError(f"module {module_name!r} fails to import: {described(error)}") from error
     function: Any = getattr(module, attribute, None)
     if function is None:
-        functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__}
+        functions = [key for key, value in own.items() if callable(value) and key[0] != "_"]
         raise InputError(
             f"module {module_name!r} has no {attribute!r}; it has {', '.join(functions) or 'no functions'}"
         )

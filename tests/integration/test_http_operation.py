@@ -227,7 +227,8 @@ def test_keys_limits_and_sigterm(http_model: Path, tmp_path: Path) -> None:
             assert answer.status_code == (404 if route == "/nothing" else 200)
             assert str(http_model) not in answer.text
         with socket.create_connection(("127.0.0.1", int(port))) as raw:
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n")
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n")
+            raw.sendall(b"Transfer-Encoding: chunked\r\n")
             raw.sendall(f"Authorization: Bearer {key}\r\n\r\n".encode() + b"1000\r\n" + b"x" * 4096 + b"\r\n")
             assert b" 413 " in raw.recv(200)
         with socket.create_connection(("127.0.0.1", int(port))) as raw:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import metrics
 from common.config.run import AdvantageConfig, RunConfig
-from common.trajectory import Group
+from common.trajectory import Group, Trajectory
 from common.weights import weight_checksum
 from learner.batching import collate, split_minibatches
 from learner.group import LearnerError, LearnerGroup
@@ -237,6 +237,19 @@ def test_what_ranks_print_is_in_the_run_s_log_directory(trained: Trained) -> Non
         assert f"learner rank {rank} of 2: " in log
 
 
+def impossible(group: Group) -> Group:
+    """As if tokens had been sampled that had next to no chance: importance ratios overflow."""
+
+    def spoilt(trajectory: Trajectory) -> Trajectory:
+        attempts = [
+            attempt.model_copy(update={"behaviour_logprobs": [-1000.0] * len(attempt.token_ids)})
+            for attempt in trajectory.attempts
+        ]
+        return trajectory.model_copy(update={"attempts": attempts}, deep=True)
+
+    return group.model_copy(update={"trajectories": [spoilt(t) for t in group.trajectories]})
+
+
 def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
     """With a KL to the start policy, which is 0 before the first update and not the resumed policy's own after."""
     config = run_config(models["tied"], minibatches_per_step=1, objective={"kl_coefficient": 0.1})
@@ -265,6 +278,11 @@ def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_pa
         await resumed.load_checkpoint(checkpoint)
         assert await train(resumed, range(2, 4)) == expected
         assert await checksum(resumed) == expected_sum
+        with pytest.raises(
+            LearnerError,
+            match=r"training step 4: minibatch 1 of 1: the loss is (inf|nan).*--resume does this step again",
+        ):
+            await resumed.train_step([impossible(group) for group in batches[0]], 4)
         await resumed.close()
 
     asyncio.run(both())

@@ -20,6 +20,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import metrics as names
+from common.manifest import verify_manifest
+from common.trajectory import Trajectory
 from learner.trajectory_files import read_trajectories
 from tests.models import tiny_qwen3
 
@@ -28,6 +30,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 RUN_SECONDS = 420
 CLUSTER_SECONDS = 90
 STEPS = 6
+STOPS = "aehiorst"
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +212,16 @@ def test_a_run_that_was_killed_and_stopped_equals_one_that_was_not(place: Path, 
     assert (directory / "checkpoints" / f"step_{done}").is_dir()
     assert done < STEPS, "the run was over before it could be stopped"
 
-    status, output = train(place, "--name", "broken", "--resume")
+    # A bit that flipped on the disk: the checkpoint before it is taken, and the step is done again.
+    weights = max((directory / "checkpoints" / f"step_{done}").rglob("*.pt"), key=lambda path: path.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 3] ^= 16
+    weights.write_bytes(data)
+    # As after an error of memory: settings that do not change the loss.
+    changes = ("learner.tokens_per_microbatch=64", "learner.gradient_checkpointing=true")
+    status, output = train(place, "--name", "broken", "--resume", *(f"--set={change}" for change in changes))
     assert status == 0, output
+    assert f"step_{done} is damaged: learner/deepspeed/{weights.name} is not what was written" in output
     for mine, theirs in zip(lines(directory), lines(whole), strict=True):
         for name in (names.GENERATED_TOKENS, names.ERASED_TOKENS, names.REWARD_MEAN):
             assert mine[name] == theirs[name], (mine["step"], name)
@@ -343,6 +354,21 @@ def running_cluster(directory: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_stops(place: Path, responses: list[Trajectory]) -> None:
+    """Responses end with the first token that has one of `STOPS` in it, whether they could be erased or not."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    stopped = set()
+    for response in responses:
+        text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
+        ends = [place for place, letter in enumerate(text) if letter in STOPS]
+        assert response.text == (text[: ends[0]] if ends else text)
+        if ends:
+            assert ends == [len(text) - 1]
+            assert response.finish_reason == "stop"
+            stopped.add(response.erasable)
+    assert stopped == {True, False}
+
+
 @pytest.mark.timeout(2 * RUN_SECONDS)
 def test_a_job_of_a_ray_cluster_trains_and_stops_with_a_checkpoint(place: Path, tmp_path: Path):
     def ray_job(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -351,20 +377,27 @@ def test_a_job_of_a_ray_cluster_trains_and_stops_with_a_checkpoint(place: Path, 
 
     training = ["--", sys.executable, "-m", "learner.train", "--config", str(place / "config.yaml"), "--name"]
     with running_cluster(tmp_path) as variables:
-        finished = ray_job("submit", *training, "job", "--set", "steps=2")
+        finished = ray_job("submit", *training, "job", "--set=steps=2", f"--set=rollout.stop=[{', '.join(STOPS)}]")
         assert finished.returncode == 0, finished.stdout + finished.stderr
         assert "job: held-out problems" in finished.stdout
         assert [line["step"] for line in lines(place / "runs" / "job")] == [1, 2]
 
-        begun = ray_job(
-            "submit", "--no-wait", "--submission-id", "endless", *training, "stopped", "--set", "steps=1000"
-        )
+        for step in (1, 2):
+            responses = read_trajectories(place / "runs" / "job" / "trajectories" / f"step_{step}.parquet")
+            check_stops(place, responses)
+        # Rewards take long from the third step on, and no checkpoint is due: the job is stopped in mid-step.
+        slow = f'{{"env_vars": {{"E3RL_TEST_DIRECTORY": "{tmp_path}"}}}}'
+        submit = ["submit", "--no-wait", "--submission-id", "endless", "--runtime-env-json", slow]
+        changes = ("steps=1000", "checkpoint.every_steps=0", "reward.timeout_seconds=300")
+        changes += ("reward.function=tests.user_rewards:even_bytes_for_a_while",)
+        begun = ray_job(*submit, *training, "stopped", *(f"--set={change}" for change in changes))
         assert begun.returncode == 0, begun.stderr
         directory = place / "runs" / "stopped"
         deadline = time.monotonic() + RUN_SECONDS
         while len(lines(directory)) < 2:
             assert time.monotonic() < deadline, ray_job("logs", "endless").stdout
             time.sleep(0.1)
+        (tmp_path / "slow").touch()
         stopped = ray_job("stop", "endless")
         assert "was stopped" in stopped.stdout + stopped.stderr
-        assert (directory / "checkpoints" / f"step_{len(lines(directory))}").is_dir()
+        verify_manifest(directory / "checkpoints" / f"step_{len(lines(directory))}")

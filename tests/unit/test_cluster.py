@@ -71,7 +71,13 @@ def test_a_start_that_takes_ray_too_long_is_tried_again_and_then_told(
 
     def init(address: str, _temp_dir: str, **options: Any) -> None:
         starts.append(address)
-        left.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", _temp_dir]))
+        code = "import time; print('ready', flush=True); time.sleep(60)"
+        process = subprocess.Popen([sys.executable, "-c", code, _temp_dir], stdout=subprocess.PIPE)
+        # A process that has only just been started does not show its command line yet.
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+        left.append(process)
         if len(starts) < succeeding:
             raise Exception("The current node timed out during startup. This could happen")
 

@@ -308,3 +308,10 @@ def test_forking_takes_the_stored_settings_and_begins_a_new_run(tmp_path: Path, 
     assert (dry.name, dry.seed) == ("new", 7)
     assert main(["--name", "old", "--fork", "newer", *where]) == 2
     assert "old has no checkpoint to fork" in capsys.readouterr().err
+
+
+def test_gradients_in_float32_are_not_summed_in_less():
+    with pytest.raises(ConfigError, match=r"grad_accum_dtype 'bfloat16' needs model\.dtype 'bfloat16'"):
+        run_config(learner={"grad_accum_dtype": "bfloat16"})
+    run_config(model={"dtype": "bfloat16"}, learner={"grad_accum_dtype": "bfloat16"})
+    assert run_config().learner.grad_accum_dtype == "float32"

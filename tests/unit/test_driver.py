@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from learner.data import PromptStream, read_rows, tokenise
 from learner.display import Display
 from learner.driver import Driver, Parts, Problems
 from learner.driver_state import RunRecord, newest_state
-from learner.errors import Interrupted, PartError
+from learner.errors import DiskFullError, Interrupted, PartError
 from learner.generation import generate_groups
 from learner.group import LearnerGroup
 from learner.rewards import ChainRewards
@@ -229,7 +230,7 @@ def test_the_first_signal_ends_the_run_with_a_checkpoint(tmp_path: Path, number:
         run(settings, rollouts, learner)
     directory = tmp_path / "runs" / "run"
     # The signal came in the rollout of step 5, which is abandoned or finished; nothing is lost either way.
-    (checkpoint,) = directory.glob("checkpoints/step_*")
+    checkpoint = max(directory.glob("checkpoints/step_*"))
     done = len(read_jsonl(directory / "metrics.jsonl"))
     assert done in (4, 5)
     assert checkpoint.name == f"step_{done}"
@@ -237,6 +238,96 @@ def test_the_first_signal_ends_the_run_with_a_checkpoint(tmp_path: Path, number:
     resumed = run(settings, resume=True)
     whole = run(config(tmp_path, "whole", checkpoint={"every_steps": 0}))
     assert timeless(resumed.directory) == timeless(whole.directory)
+
+
+@pytest.mark.parametrize("moment", ["generating", "training"])
+def test_a_run_that_is_killed_in_a_step_has_the_last_finished_one_on_disk(tmp_path: Path, moment: str):
+    settings = config(tmp_path, checkpoint={"every_steps": 0, "keep": 1})
+    kill = fail(Killed())
+    rollouts = FakeRollouts(after(5 + 2, kill) if moment == "generating" else lambda call: None)
+    learner = FakeLearner(after(5, kill) if moment == "training" else lambda step: None)
+    # The kill comes before the checkpoint of step 4 can be written only where nothing was awaited in between.
+    rollouts.pause_seconds = 0.05
+    with pytest.raises(Killed):
+        run(settings, rollouts, learner)
+    expected = {"generating": ["step_3", "step_4"], "training": ["step_4"]}[moment]
+    found = [path.name for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir()]
+    assert len(found) == 1
+    assert found[0] in expected
+    resumed = run(settings, resume=True)
+    assert timeless(resumed.directory) == timeless(run(config(tmp_path, "whole")).directory)
+
+
+def test_checkpoints_of_the_latest_step_can_be_turned_off(tmp_path: Path):
+    settings = config(tmp_path, checkpoint={"every_steps": 4, "latest": False})
+    with pytest.raises(Killed):
+        run(settings, learner=FakeLearner(after(6, fail(Killed()))))
+    assert [path.name for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir()] == ["step_4"]
+
+
+def test_training_waits_for_the_checkpoint_of_the_step_before(tmp_path: Path):
+    """The weights that are being written must be those of the step whose state is beside them."""
+
+    class SlowToSave(FakeLearner):
+        saving = False
+
+        async def save_checkpoint(self, directory: Path) -> None:
+            self.saving = True
+            before = self.weight
+            await asyncio.sleep(0.05)
+            await super().save_checkpoint(directory)
+            assert before == self.weight
+            self.saving = False
+
+        async def train_step(self, groups: Any, step: int) -> dict[str, float]:
+            assert not self.saving
+            return await super().train_step(groups, step)
+
+    directory = run(config(tmp_path, "slow", checkpoint={"every_steps": 0}), learner=SlowToSave()).directory
+    waits = [line[names.CHECKPOINT_WAIT_SECONDS] for line in read_jsonl(directory.metrics)]
+    assert waits[0] < 0.02 < min(waits[1:])
+    assert timeless(directory) == timeless(run(config(tmp_path, "whole")).directory)
+
+
+def test_a_full_disk_ends_the_run_at_the_next_step_s_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from learner import driver
+
+    def full(path: Path, size: int) -> None:
+        if path.name == "step_3":
+            raise DiskFullError(path, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "require_space", full)
+        with pytest.raises(DiskFullError, match=r"cannot write .*step_3"):
+            run(config(tmp_path))
+    resumed = run(config(tmp_path), resume=True)
+    assert timeless(resumed.directory) == timeless(run(config(tmp_path, "whole")).directory)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_rewards_that_take_long(tmp_path: Path, number: signal.Signals):
+    """A step of a minute, stopped in its middle: the last finished step is on disk within a second."""
+
+    class Slow(ChainRewards):
+        calls = 0
+
+        async def score(self, items: Any) -> Any:
+            self.calls += 1
+            if self.calls == 3 + 2:
+                os.kill(os.getpid(), number)
+                await asyncio.sleep(60.0)
+            return await super().score(items)
+
+    settings = config(tmp_path, checkpoint={"every_steps": 0, "latest": False})
+    started = Run(settings, FakeRollouts(), FakeLearner(), resume=False)
+    started.driver._rewards = Slow()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        started.go()
+    assert time.monotonic() - began < 5.0
+    assert started.directory.checkpoint_steps() == [2]
+    resumed = run(settings, resume=True)
+    assert timeless(resumed.directory) == timeless(run(config(tmp_path, "whole")).directory)
 
 
 def test_a_signal_cancels_a_rollout_that_hangs(tmp_path: Path):
@@ -253,7 +344,7 @@ def test_a_signal_cancels_a_rollout_that_hangs(tmp_path: Path):
             FakeRollouts(after(5, fail(RuntimeError("replica 0 died")))),
             FakeLearner(),
             r"^rollout: step 3: RuntimeError: replica 0 died$",
-            [2],
+            [1, 2],
         ),
         (
             FakeRollouts(after(6, fail(RuntimeError("replica 0 died")))),
@@ -265,7 +356,7 @@ def test_a_signal_cancels_a_rollout_that_hangs(tmp_path: Path):
             FakeRollouts(),
             FakeLearner(after(4, fail(RuntimeError("rank 1 died")))),
             r"^learner: step 4: RuntimeError: rank 1 died$",
-            [2],
+            [2, 3],
         ),
     ],
 )

@@ -106,8 +106,8 @@ def test_the_success_rate_counts_plain_members_only():
         for n, (t, r) in enumerate(zip(group.trajectories, rewards, strict=True))
     ]
     mixed = [Group(prompt=group.prompt, trajectories=members)]
-    assert plain_outcome(mixed, first_treated_sample(config(), True)) == (1, 2)
-    assert plain_outcome(mixed, first_treated_sample(config(), False)) == (3, 4)
+    assert plain_outcome(mixed, first_treated_sample(config(), True), 0.5) == (1, 2)
+    assert plain_outcome(mixed, first_treated_sample(config(), False), 0.5) == (3, 4)
 
 
 def test_rollout_metrics_equal_a_count_by_hand():

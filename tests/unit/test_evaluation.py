@@ -45,15 +45,15 @@ def with_rewards(rewards: list[list[float]]) -> list[Group]:
 
 def test_an_evaluation_averages_over_responses_and_over_problems():
     groups = with_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    result = evaluate_groups(8, "plain", 3, groups, StepCounts(9, 6, 4, 1), seconds=2.0)
+    result = evaluate_groups(8, "plain", 3, groups, StepCounts(9, 6, 4, 1), seconds=2.0, success_threshold=0.5)
     assert result.avg_at_k == pytest.approx(3 / 9)
     assert result.pass_at_k == pytest.approx(2 / 3)
     assert result.cascade_rate == pytest.approx(6 / 9)
     assert result.recovered_rate is None
     assert result.generated_tokens == sum(t.generated_tokens for g in groups for t in g.trajectories)
-    erasable = evaluate_groups(8, "erasable", 3, groups, StepCounts(9, 6, 4, 1), seconds=2.0)
+    erasable = evaluate_groups(8, "erasable", 3, groups, StepCounts(9, 6, 4, 1), seconds=2.0, success_threshold=0.5)
     assert erasable.recovered_rate == pytest.approx(1 / 4)
-    unchecked = evaluate_groups(8, "plain", 3, groups, None, seconds=2.0, reward_timeouts=2)
+    unchecked = evaluate_groups(8, "plain", 3, groups, None, seconds=2.0, reward_timeouts=2, success_threshold=0.5)
     assert (unchecked.cascade_rate, unchecked.reward_timeouts) == (None, 2)
 
 
@@ -71,7 +71,7 @@ def test_plain_evaluation_is_plain_vllm_and_erasable_evaluation_erases_everywher
 def evaluations() -> list[Evaluation]:
     groups = with_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
     return [
-        evaluate_groups(step, mode, 3, groups, StepCounts(6, 1, 1, 1), seconds=1.0)
+        evaluate_groups(step, mode, 3, groups, StepCounts(6, 1, 1, 1), seconds=1.0, success_threshold=0.5)
         for step in (0, 2, 4)
         for mode in ("plain", "erasable")
     ]

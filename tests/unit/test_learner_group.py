@@ -1,6 +1,7 @@
 """Which device each learner rank is given. The ranks themselves run in `tests/integration/test_learner.py`."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from common.config import RunConfig
 from learner.errors import PartError
 from learner.group import LearnerError, LearnerGroup, _failure, environments, trains_on_gpus
-from learner.rank import Placement
+from learner.rank import LearnerRank, Placement
 from learner.weight_file import WrittenWeights
 from tests.configs import run_config
 
@@ -78,3 +79,20 @@ def test_a_rank_that_ran_out_of_memory_says_what_to_lower(error: Exception) -> N
     assert "gradient_checkpointing" not in str(_failure({0: error}, [False], "training", 1.0, already))
     other = _failure({0: RuntimeError("shapes differ")}, [False], "training", 1.0, learner)
     assert "memory" not in str(other)
+
+
+def test_a_checkpoint_does_not_bring_the_optimizer_s_old_settings_back() -> None:
+    rank: Any = object.__new__(LearnerRank)
+    rank._config = run_config(learner={"optimizer": {"betas": [0.5, 0.6], "weight_decay": 0.3}})
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter], betas=(0.9, 0.999), weight_decay=0.01)
+    saved = optimizer.state_dict()
+
+    def load(directory: str, tag: str) -> tuple[str, dict[str, Any]]:
+        optimizer.load_state_dict(saved)
+        return directory, {}
+
+    rank._engine = SimpleNamespace(load_checkpoint=load, optimizer=optimizer)
+    rank.load_checkpoint("somewhere")
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.6), 0.3, 1e-8)

@@ -162,8 +162,31 @@ def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path: Path):
     (directory.checkpoints / "step_12.partial").mkdir()
     assert directory.checkpoint_steps() == [8, 9, 10]
     assert newest_state(directory).step == 10
-    directory.keep_newest_checkpoints(2)
+    directory.delete_old_checkpoints(1, 2)
     assert directory.checkpoint_steps() == [9, 10]
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "steps", "kept"),
+    [
+        (10, 2, [9, 10, 20, 30, 31], [20, 30, 31]),
+        (10, 2, [20, 30, 31, 32], [20, 30, 32]),
+        (10, 2, [20, 30, 39, 40], [30, 40]),
+        (10, 2, [1, 2, 3], [2, 3]),
+        (10, 1, [1, 2, 3], [3]),
+        (10, 3, [8, 9, 10, 11], [9, 10, 11]),
+        (0, 2, [1, 2, 3], [2, 3]),
+        (5, 2, [], []),
+    ],
+)
+def test_the_newest_checkpoint_is_kept_beside_the_regular_ones(
+    tmp_path: Path, every: int, keep: int, steps: list[int], kept: list[int]
+):
+    directory = RunDirectory.create(config(tmp_path))
+    for step in steps:
+        directory.checkpoint(step).mkdir()
+    directory.delete_old_checkpoints(every, keep)
+    assert directory.checkpoint_steps() == kept
 
 
 def damage(directory: RunDirectory, step: int) -> None:
@@ -190,7 +213,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_is_taken(tmp_
         "step_5.damaged",
     ]
     add_checkpoint(directory, 4)
-    directory.keep_newest_checkpoints(2)
+    directory.delete_old_checkpoints(1, 2)
     assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["step_3", "step_4", "step_5.damaged"]
 
 

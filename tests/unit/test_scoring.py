@@ -87,6 +87,19 @@ def test_every_response_gets_its_own_reward_whatever_the_order_and_what_is_0_is_
     assert group.prompt.columns == {}
 
 
+def test_the_reward_sees_the_text_before_the_stop_string():
+    async def run() -> list[RewardItem]:
+        rewards = GatedRewards()
+        async with Scoring(rewards, [PROMPT], 1, TOKENIZER, 1, ("xt",)) as scoring:
+            scoring.add(responses(1)[0])
+            await asyncio.sleep(0)
+            return rewards.items
+
+    (item,) = asyncio.run(run())
+    assert item.response == "te"
+    assert item.token_ids == TOKENIZER.encode("text 0")
+
+
 def test_too_many_failures_end_the_step_before_everything_is_generated():
     async def run() -> None:
         rewards = GatedRewards(failing=True)

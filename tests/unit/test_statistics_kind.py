@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "top_k": 20,
     "min_p": 0.1,
     "ignore_eos": True,
+    "stop": ("x",),
     "extras": SamplingExtras(presence_penalty=0.5),
 }
 """Another value of each field of a request that makes another kind."""
