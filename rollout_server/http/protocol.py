@@ -15,8 +15,8 @@ MAX_RECEIVED_HEADER_BYTES = 256 * 1024
 """More than `LimitBody` allows, so that a request a little over the limit is still answered with 431."""
 LINGER_SECONDS = 2.0
 """How long what a client still sends of a body is thrown away, after an answer that did not wait for it."""
-STALLED_SECONDS = 60.0
-"""A client that takes nothing of its answer for so long is gone."""
+STALLED_SECONDS = 600.0
+"""A client that takes nothing of its answer for so long is gone. A trainer may be busy between two lines of it."""
 
 
 class Cycle(RequestResponseCycle):
@@ -73,7 +73,7 @@ class Protocol(HttpToolsProtocol):
 
     def eof_received(self) -> None:
         if self._lingers:
-            self.transport.close()
+            self._drop()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -101,13 +101,17 @@ class Protocol(HttpToolsProtocol):
         if self._lingers:
             self._unset_keepalive_if_required()
 
+    def timeout_keep_alive_handler(self) -> None:
+        self._drop()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._watch_stall()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_stall_timer()
+        if not self.transport.is_closing():
+            self._stop_stall_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Answer to what is not HTTP. In the middle of another answer there is no place for one."""
@@ -128,9 +132,9 @@ class Protocol(HttpToolsProtocol):
         self._linger()
 
     def _is_answered(self) -> bool:
-        """Whether the last request has its whole answer."""
+        """Whether the last request, if there was one, has its whole answer."""
         cycle: RequestResponseCycle | None = self.cycle
-        return cycle is not None and cycle.response_complete
+        return cycle is None or cycle.response_complete
 
     def _linger(self) -> None:
         """Close, but read on for a moment: closed at once, the client might lose the answer before it has read it."""
@@ -144,7 +148,14 @@ class Protocol(HttpToolsProtocol):
         self._in_headers = True
         self._received = 0
         self._stop_timer()
-        self._timer = self.loop.call_later(HEADER_SECONDS, self._drop)
+        self._timer = self.loop.call_later(HEADER_SECONDS, self._headers_are_late)
+
+    def _headers_are_late(self) -> None:
+        """Not while a request before them is answered, since nothing is read then."""
+        if self.pipeline or not self._is_answered():
+            self._timer = self.loop.call_later(HEADER_SECONDS, self._headers_are_late)
+        else:
+            self._drop()
 
     def _watch_stall(self) -> None:
         """Look whether the client has taken something since the last look."""
@@ -167,5 +178,8 @@ class Protocol(HttpToolsProtocol):
             self._stall_timer = None
 
     def _drop(self) -> None:
+        """Close once what was written is sent, which a client that takes nothing of it does not put off for ever."""
         self._stop_timer()
         self.transport.close()
+        if self._stall_timer is None:
+            self._watch_stall()

@@ -168,6 +168,54 @@ async def test_headers_that_do_not_come_end_the_connection_first_and_between_req
             assert [await client.rest() for client in (silent, slow, second, blank)] == [b""] * 4
 
 
+async def test_a_request_that_waits_behind_another_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.2)
+    gate = asyncio.Event()
+    raw = json.dumps({"model": "stub", "prompt": "a"})
+    ask = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{TYPE}content-length: {len(raw)}\r\n\r\n{raw}"
+    async with listening(StubReplica(saying("a"), gate)) as (server, connect):
+        client = await connect()
+        client.send(ask + ask + ask[:30])
+        await until(lambda: bool(server.service.under_way))
+        await asyncio.sleep(4 * protocol.HEADER_SECONDS)
+        gate.set()
+        for _ in range(2):
+            assert (await client.answer())[0] == 200
+        client.send(ask[30:])
+        assert (await client.answer())[0] == 200
+        client.send(ask[:30])
+        assert await client.rest() == b""
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_slow_client_gets_all_of_its_answer_and_one_that_takes_nothing_is_left(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is written long before it is taken: a connection that is idle, or to be closed, has still to be emptied."""
+    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.4)
+    length = 2**26
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"%d" % length)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(length)})
+
+    async with listening(keep_alive_seconds=0.1) as (server, connect):
+        server.app.router.mount("/much", app)  # type: ignore[arg-type]
+        silent, slow = await connect(), await connect(2**22)
+        silent.writer.transport.pause_reading()
+        for client in (silent, slow):
+            client.send(f"GET /much/ HTTP/{version}\r\nhost: localhost\r\n\r\n")
+        received = 0
+        while part := await slow.reader.read(2**22):
+            received += len(part)
+            await asyncio.sleep(0.02)
+        assert received > length
+        while not silent.writer.transport.is_closing():
+            silent.send(" ")
+            await asyncio.sleep(0.05)
+
+
 async def test_an_idle_connection_is_kept_as_long_as_the_setting_says() -> None:
     async with listening(keep_alive_seconds=0.4) as (_, connect):
         client = await connect()
