@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,12 @@ def process_id(prompt: str, response: str, answer: str) -> int:
 def even_bytes(prompt: str, response: str, answer: str) -> float:
     """1 for about half of all texts, whatever a model writes."""
     return float(sum(response.encode()) % 2 == 0)
+
+
+def first_answer(prompt: str, response: str, answer: str) -> float:
+    """1 if the first `Answer: N` of the response is the reference."""
+    found = re.search(r"Answer: (-?\d+)", response)
+    return float(found is not None and found.group(1) == answer)
 
 
 def even_bytes_for_a_while(prompt: str, response: str, answer: str) -> float:
