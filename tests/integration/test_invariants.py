@@ -22,7 +22,8 @@ from tests.engines import ReferenceModel, RunningEngine, group_requests, running
 from tests.models import byte_tokenizer, tiny_llama, tiny_qwen3
 
 TOLERANCE = 1e-4
-TOKEN_BYTES = token_bytes(byte_tokenizer(64))
+TOKEN_BYTES = [*token_bytes(byte_tokenizer(64)), *[b""] * 64]
+"""Also of the model's rows that no token has."""
 TWO_BYTES = [f"{letter}\x01" for letter in "bcdfghij"]
 """Each of two tokens."""
 FAMILIES = {"qwen3-tied": lambda path: tiny_qwen3(path, tied=True), "llama-untied": tiny_llama}
