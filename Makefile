@@ -5,15 +5,16 @@ MAKEFLAGS += --no-print-directory
 
 PY := .venv/bin/python
 MODEL := runs/models/demo
+REAL_MODEL := runs/models/smollm2
 ARGS ?=
 
 export TARGET PYTHON
 
-.PHONY: help setup demo demo-model serve test test-unit bench lint format typecheck lock clean
+.PHONY: help setup demo demo-model serve test test-unit real-model test-real bench lint format typecheck lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
-	@echo "  ARGS=\"...\" is handed to demo, demo-model, serve, test, test-unit and bench."
+	@echo "  ARGS=\"...\" is handed to demo, demo-model, serve, test, test-unit, test-real and bench."
 
 setup: ## Make or complete .venv (TARGET=cpu|gpu, PYTHON=python3.12; no-op if up to date)
 	@bash deploy/setup.sh
@@ -35,6 +36,12 @@ test: setup lint typecheck ## Everything: lint, types, unit and integration test
 
 test-unit: setup ## The fast tests only (no vLLM)
 	@$(PY) -m pytest tests/unit $(ARGS)
+
+real-model: setup ## Fetch SmolLM2-135M-Instruct and write it to runs/models/smollm2
+	@$(PY) deploy/real_model.py --output $(REAL_MODEL)
+
+test-real: real-model ## The tests that need a pretrained model (not part of make test)
+	@$(PY) -m pytest tests/real --durations=15 $(ARGS)
 
 bench: setup ## Measure the performance targets; the table is also in runs/bench/latest.json
 	@$(PY) -m tests.benchmarks.run $(ARGS)

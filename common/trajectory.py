@@ -5,7 +5,7 @@ One schema for Ray messages, NDJSON lines and Parquet rows. Log-probabilities ar
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,13 +18,17 @@ FinishReason = Literal["stop", "length"]
 
 
 class Prompt(StrictModel):
-    """A prompt as the data set gives it. `position`: its place in the shuffled epoch order."""
+    """A prompt as the data set gives it. `position`: its place in the shuffled epoch order.
+
+    `columns`: all of its row, for the reward; empty once the responses have theirs.
+    """
 
     id: str
     text: str
     token_ids: list[int]
     answer: str = ""
     position: int = 0
+    columns: dict[str, Any] = Field(default_factory=dict)
 
 
 class Judgement(StrictModel):

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -30,13 +30,15 @@ class Tokenizer(Protocol):
 class Row:
     """A problem as the data set holds it: before the chat template and the tokenizer.
 
-    `messages` is null for a task without a chat template; then `text` is what the model sees.
+    `messages` is null for a task without a chat template; then `text` is what the model sees. `columns`: all of the
+    row, for the reward.
     """
 
     id: str
     text: str
     answer: str
     messages: Messages | None = None
+    columns: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,15 @@ def read_rows(config: RunConfig, split: Split) -> list[Row]:
     return _hub_rows(data, config.seed, split)
 
 
+def with_columns(rows: Iterable[Row], names: Collection[str] | None) -> list[Row]:
+    """The rows with these of their columns only; None keeps all."""
+    if names is None:
+        return list(rows)
+    return [replace(row, columns={k: v for k, v in row.columns.items() if k in names}) for row in rows]
+
+
 def rows_digest(rows: Iterable[Row]) -> str:
-    """SHA-256 of the rows in their order."""
+    """SHA-256 of the rows in their order, without the columns that only the reward reads."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode())
@@ -80,7 +89,7 @@ def tokenise(rows: Sequence[Row], tokenizer: Tokenizer, max_prompt_tokens: int, 
     # A chat template writes the special tokens itself.
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
     prompts = [
-        Prompt(id=row.id, text=row.text, token_ids=ids, answer=row.answer)
+        Prompt(id=row.id, text=row.text, token_ids=ids, answer=row.answer, columns=row.columns)
         for row, ids in zip(rows, encoded, strict=True)
         if 0 < len(ids) <= max_prompt_tokens
     ]
@@ -211,7 +220,7 @@ def _rows(
                 f"{where}: column {columns.answer!r} must hold text or a number, not {type(answer).__name__}"
             )
         text, messages = _conversation(prompt, chat, system_prompt, f"{where}: column {columns.prompt!r}")
-        rows.append(Row(identity, text, str(answer), messages))
+        rows.append(Row(identity, text, str(answer), messages, record))
     ids = {row.id for row in rows}
     if len(ids) < len(rows):
         raise InputError(f"{place}: column {columns.id!r} has {len(ids)} distinct values in {len(rows)} rows")

@@ -14,17 +14,18 @@ from common import metrics as names
 from common.config.run import RunConfig
 from common.interfaces import Rollouts
 from common.manifest import write_manifest
-from common.trajectory import Group, Prompt
+from common.trajectory import Group, Prompt, ResponseRequest
 from learner.data import PromptStream
 from learner.display import Display
 from learner.driver_state import DriverState, RunRecord, newest_state, save_state
 from learner.errors import DiskFullError, Interrupted, PartError, part
 from learner.evaluation import MODES, Mode, evaluate_groups, evaluation_requests
-from learner.generation import generate_groups, reward_groups
+from learner.generation import generate_groups
 from learner.group import LearnerGroup
 from learner.interrupt import StopRequest
 from learner.rewards import Rewards
 from learner.run_directory import RunDirectory, replacing, require_space
+from learner.scoring import Scoring
 from learner.step_checks import Decoder, count_steps
 from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
@@ -173,19 +174,20 @@ class Driver:
         prompts = self._problems.stream.draw()
         requests = [training_requests(config, step, prompt, share_applies) for prompt in prompts]
         begin = time.monotonic()
-        with part("rollout", step):
-            groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
-        generated = time.monotonic()
-        with part("reward", step):
-            rewarding = reward_groups(self._rewards, groups, self._problems.decoder, config.rollout.stop)
-            groups, timeouts = await stop.unless_stopped(rewarding)
+        async with self._scoring(step, prompts, requests) as scoring:
+            with part("rollout", step):
+                generating = generate_groups(self._rollouts, config, prompts, requests, scoring.add)
+                groups = await stop.unless_stopped(generating)
+            generated = time.monotonic()
+            scored = await stop.unless_stopped(scoring.finish(groups))
+        groups = scored.groups
         rewarded = time.monotonic()
         with part("rollout", step):
             rollouts_state = await self._rollouts.state()
         await self._saved()
         ready = time.monotonic()
         self._learner_step = None
-        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step, names.REWARD_TIMEOUTS: timeouts}
+        metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step} | scored.metrics
         # Recorded while the learner works: it takes the driver's time, not the step's.
         recording = asyncio.create_task(asyncio.to_thread(self._record_rollout, step, groups, first_treated))
         try:
@@ -257,6 +259,11 @@ class Driver:
         self._weight_bytes = report.bytes
         return report.bytes
 
+    def _scoring(self, step: int, prompts: Sequence[Prompt], requests: Sequence[Sequence[ResponseRequest]]) -> Scoring:
+        return Scoring(
+            self._rewards, prompts, sum(map(len, requests)), self._problems.decoder, step, self._config.rollout.stop
+        )
+
     async def _evaluate_if_due(self, stop: StopRequest) -> None:
         step, every = self._state.step, self._config.evaluation.every_steps
         # A forked run that measures something else has no evaluation yet.
@@ -285,20 +292,28 @@ class Driver:
         started = time.monotonic()
         requests = evaluation_requests(config, prompts, mode)
         with part(f"evaluation ({mode})", step):
-            groups = await stop.unless_stopped(generate_groups(self._rollouts, config, prompts, requests))
-            groups, timeouts = await stop.unless_stopped(
-                reward_groups(self._rewards, groups, self._problems.decoder, config.rollout.stop)
-            )
-            counts = count_steps(config, groups, self._problems.decoder)
+            async with self._scoring(step, prompts, requests) as scoring:
+                generating = generate_groups(self._rollouts, config, prompts, requests, scoring.add)
+                scored = await stop.unless_stopped(scoring.finish(await stop.unless_stopped(generating)))
+            counts = count_steps(config, scored.groups, self._problems.decoder)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
-            threshold = config.evaluation.success_threshold
-            evaluation = evaluate_groups(step, mode, k, groups, counts, seconds, timeouts, success_threshold=threshold)
+            evaluation = evaluate_groups(
+                step,
+                mode,
+                k,
+                scored.groups,
+                counts,
+                seconds,
+                scored.tally.timeouts,
+                scored.tally.errors,
+                scored.tally.unusable_answers,
+                success_threshold=config.evaluation.success_threshold,
+            )
         self._record.add_evaluation(evaluation)
-        late = f"; {timeouts} rewards were not ready in time and are 0" if timeouts else ""
         self._display.message(
             f"{mode} accuracy after {step} steps: Avg@{k} {evaluation.avg_at_k:.3f}, "
-            f"Pass@{k} {evaluation.pass_at_k:.3f}{late}"
+            f"Pass@{k} {evaluation.pass_at_k:.3f}{scored}"
         )
 
     async def _checkpoint(self) -> None:

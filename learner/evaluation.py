@@ -20,8 +20,9 @@ MODES: tuple[Mode, ...] = ("plain", "erasable")
 class Evaluation(StrictModel):
     """One evaluation. `k`: responses per problem, of which every one counts for Avg@k and Pass@k.
 
-    `reward_timeouts`: rewards that were not ready in time, and count as 0. `cascade_rate` is null for a task whose
-    steps can't be checked; `recovered_rate` also under plain sampling.
+    Some rewards count as 0: `reward_timeouts` were not ready in time, `reward_errors` failed, and
+    `reward_unusable_answers` had a reference answer that nothing can be compared with. `cascade_rate` is null for a
+    task whose steps can't be checked; `recovered_rate` also under plain sampling.
     """
 
     step: int
@@ -32,6 +33,8 @@ class Evaluation(StrictModel):
     pass_at_k: float
     mean_reward: float
     reward_timeouts: int = 0
+    reward_errors: int = 0
+    reward_unusable_answers: int = 0
     cascade_rate: float | None
     recovered_rate: float | None
     generated_tokens: int
@@ -76,6 +79,8 @@ def evaluate_groups(
     counts: StepCounts | None,
     seconds: float,
     reward_timeouts: int = 0,
+    reward_errors: int = 0,
+    reward_unusable_answers: int = 0,
     *,
     success_threshold: float,
 ) -> Evaluation:
@@ -93,6 +98,8 @@ def evaluate_groups(
         ),
         mean_reward=fmean(t.reward or 0.0 for t in responses),
         reward_timeouts=reward_timeouts,
+        reward_errors=reward_errors,
+        reward_unusable_answers=reward_unusable_answers,
         cascade_rate=None if counts is None else counts.cascade_rate,
         recovered_rate=counts.recovered_rate if counts is not None and mode == "erasable" else None,
         generated_tokens=sum(t.generated_tokens for t in responses),

@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from common.config import RunConfig, variant
 from common.config.data import ChainReward, MathReward
 from common.interfaces import ROLLOUTS, Rollouts
 from learner.cluster import ray_cluster
-from learner.data import PromptStream, Row, read_rows, rows_digest, tokenise
+from learner.data import PromptStream, Row, read_rows, rows_digest, tokenise, with_columns
 from learner.display import Display
 from learner.driver import Driver, Parts, Problems, is_finished
 from learner.driver_state import DriverState, RunRecord, newest_state
@@ -31,7 +31,7 @@ from learner.quiet import LOG_NAME, quiet_output
 from learner.report import build_report, comparison_table, final_table, write_report
 from learner.rewards import Rewards, make_rewards
 from learner.rewards.chain_steps import check_prompts
-from learner.rewards.worker_rewards import check_answers
+from learner.rewards.math_answers import check_answers
 from learner.run_directory import RunDirectory, check_resumable, check_unused, directory_of, holds_run, write_text
 from learner.tasks import Split
 
@@ -128,17 +128,22 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 def _prepared(config: RunConfig) -> Iterator[_Prepared]:
     """Read the data and load the reward function, which need neither model nor Ray; stop the function afterwards."""
     rows: dict[Split, list[Row]] = {"train": read_rows(config, "train"), "test": read_rows(config, "test")}
-    every_row = [row for split in rows.values() for row in split]
-    if isinstance(config.reward, ChainReward):
-        check_prompts(every_row)
-    elif isinstance(config.reward, MathReward):
-        check_answers(every_row)
-    rewards = make_rewards(config.reward)
+    _check_answers(config, rows.values())
+    rewards = make_rewards(config.reward, {name for split in rows.values() for row in split for name in row.columns})
     try:
-        asyncio.run(rewards.start())
+        read = asyncio.run(rewards.start())
+        rows = {split: with_columns(of_split, read) for split, of_split in rows.items()}
         yield _Prepared(rows, rewards)
     finally:
         asyncio.run(rewards.close())
+
+
+def _check_answers(config: RunConfig, splits: Iterable[list[Row]]) -> None:
+    rows = [row for split in splits for row in split]
+    if isinstance(config.reward, ChainReward):
+        check_prompts(rows)
+    elif isinstance(config.reward, MathReward):
+        check_answers(rows)
 
 
 def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> dict[str, Any]:

@@ -71,15 +71,31 @@ class ChainReward(StrictModel):
     kind: Literal["chain"] = "chain"
 
 
-class MathReward(StrictModel):
-    """1 if `math-verify` finds the response's answer equal to the reference, else 0."""
+class _WorkerReward(StrictModel):
+    """Rewards that are computed in worker processes, each of which is killed when a call's time is up.
+
+    A reward that raises, is no finite number or ends its process has failed. `on_error`: `zero` gives its response 0,
+    counts it, and ends the run once more than `max_error_share` of a step's (or an evaluation's) rewards failed, a part
+    of one counted as one; `fail` ends the run at the first. `workers` null: one a core, 8 at most. `start_seconds`:
+    the deadline for a worker to load the reward.
+    """
+
+    timeout_seconds: float = Field(gt=0.0, le=3600.0)
+    workers: int | None = Field(default=None, ge=1, le=1024)
+    on_error: Literal["zero", "fail"] = "zero"
+    max_error_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    start_seconds: float = Field(default=120.0, gt=0.0, le=3600.0)
+
+
+class MathReward(_WorkerReward):
+    """1 if the response's final answer equals the reference, as `math-verify` compares them, else 0."""
 
     kind: Literal["math"] = "math"
     timeout_seconds: float = Field(default=5.0, gt=0.0, le=600.0)
 
 
-class FunctionReward(StrictModel):
-    """A user's function `module:function`, called as `function(prompt: str, response: str, answer: str) -> float`."""
+class FunctionReward(_WorkerReward):
+    """A user's `module:function`, called as `function(prompt, response, answer)`; more by name (`docs`)."""
 
     kind: Literal["function"] = "function"
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")

@@ -3,18 +3,23 @@
 `make_rewards` is the seam: a further kind is a model in `common.config.data.Reward` and a branch there.
 """
 
+from collections.abc import Collection
+from functools import partial
+
 from common.config.data import ChainReward, MathReward, Reward
-from learner.rewards.base import RewardItem, Rewards, Scores
+from learner.rewards.base import RewardError, RewardItem, Rewards, Score, Tally
 from learner.rewards.chain_steps import ChainRewards
-from learner.rewards.worker_rewards import WorkerRewards, function_rewards, math_rewards
+from learner.rewards.math_answers import load_math
+from learner.rewards.user_function import load_function
+from learner.rewards.worker_rewards import WorkerRewards
 
-__all__ = ["ChainRewards", "RewardItem", "Rewards", "Scores", "WorkerRewards", "make_rewards"]
+__all__ = ["ChainRewards", "RewardError", "RewardItem", "Rewards", "Score", "Tally", "WorkerRewards", "make_rewards"]
 
 
-def make_rewards(reward: Reward) -> Rewards:
-    """The configured reward, not yet started. Raises InputError if a user's function can't be named."""
+def make_rewards(reward: Reward, columns: Collection[str] = ()) -> Rewards:
+    """The configured reward, not yet started. `columns`: those of the data set, which a user's function may ask for."""
     if isinstance(reward, ChainReward):
         return ChainRewards()
     if isinstance(reward, MathReward):
-        return math_rewards(reward.timeout_seconds)
-    return function_rewards(reward.function, reward.timeout_seconds)
+        return WorkerRewards(load_math, "math-verify", reward)
+    return WorkerRewards(partial(load_function, reward.function, frozenset(columns)), reward.function, reward)

@@ -1,37 +1,75 @@
 """What every reward offers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class RewardItem:
-    """One response to be rewarded. `response` is the committed text, without special tokens."""
+    """One response to be rewarded. `response` is the committed text, without special tokens.
+
+    `token_ids` are the committed tokens, special ones included; `row` is the prompt's whole row in the data set.
+    """
 
     prompt_id: str
     prompt: str
     response: str
     answer: str
+    sample: int = 0
+    finish_reason: str = "stop"
+    token_ids: Sequence[int] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+Failure = Literal["timeout", "error", "unusable_answer"]
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """One reward for each item, in order; `timeouts` of them were not ready in time and are 0."""
+class Score:
+    """One response's reward, and why it is 0 if there was none; of an error also the `traceback`."""
 
-    values: list[float]
+    value: float
+    failure: Failure | None = None
+    message: str = ""
+    traceback: str = ""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the rewards so far of the `responses` of a step or an evaluation."""
+
+    responses: int
     timeouts: int = 0
+    errors: int = 0
+    unusable_answers: int = 0
+    last_error: Score | None = None
+
+    def count(self, score: Score) -> None:
+        """Take in one more reward."""
+        self.timeouts += score.failure == "timeout"
+        self.unusable_answers += score.failure == "unusable_answer"
+        if score.failure == "error":
+            self.errors += 1
+            self.last_error = score
 
 
 class Rewards(Protocol):
-    """Scores responses without blocking the event loop; every item has a time limit."""
+    """Scores responses without blocking the event loop; every call has a time limit."""
 
-    async def start(self) -> None:
-        """Make ready. Raises InputError if the reward can't be used, before anything else of a run starts."""
+    async def start(self) -> frozenset[str] | None:
+        """Make ready; returns the data set's columns that the reward reads, None for all of them.
+
+        Raises InputError if the reward can't be used, before anything else of a run starts.
+        """
         ...
 
-    async def score(self, items: Sequence[RewardItem]) -> Scores:
-        """The items' rewards. Raises RewardError, naming the prompt, if one has none."""
+    async def score(self, item: RewardItem) -> Score:
+        """The response's reward. Many may be asked for at a time."""
+        ...
+
+    def judge(self, tally: Tally) -> None:
+        """Raise RewardError, which names one failure, if so many rewards failed that a run should end."""
         ...
 
     async def close(self) -> None:
@@ -40,7 +78,7 @@ class Rewards(Protocol):
 
 
 class RewardError(Exception):
-    """A reward that is no finite number, or a function that raised."""
+    """Too many rewards that failed or were not ready in time."""
 
 
 class UnusableAnswerError(ValueError):

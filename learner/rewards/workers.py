@@ -1,7 +1,8 @@
-"""Worker processes for reward functions, each of which can be killed.
+"""The driver's side of reward workers: a pool of processes, each of which can be killed with all that it started.
 
 A Python thread can't be stopped, and `math-verify`'s own time limit is an alarm signal that works in a main thread
-only and not against a hang in C code. So every call runs in a process that is killed when its time is up.
+only and not against a hang in C code. So every call runs in a process that is killed when its time is up. Pools of
+libraries kill the worker alone, and its children live on; see `worker_process` for how they do not here.
 """
 
 import asyncio
@@ -10,168 +11,215 @@ import math
 import multiprocessing
 import os
 import queue
-import signal
-import threading
-import traceback
-from collections.abc import Callable, Sequence
+import socket
+import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from learner.rewards.base import RewardItem, UnusableAnswerError
+from learner.rewards.base import RewardItem
+from learner.rewards.descriptions import described
+from learner.rewards.worker_process import Death, Load, Outcome, Output, supervise
 
 log = logging.getLogger(__name__)
 
-RewardFunction = Callable[[RewardItem], Any]
-START_SECONDS = 120.0
-STOP_SECONDS = 5.0
+STOP_SECONDS = 10.0
+TRANSFER_SECONDS = 30.0
+"""For the bytes of one item or outcome: only a worker that was stopped by a signal does not take them at once."""
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a worker answered: a value, or an error's one line and its traceback, or neither when time was up.
-
-    `warning`: why the value is 0, if it is not the response's fault.
-    """
-
-    value: Any = None
-    warning: str = ""
-    error: str | None = None
-    traceback: str = ""
-    timed_out: bool = False
-
-
-def _serve(connection: Connection, load: Callable[[], RewardFunction]) -> None:
-    """A worker's main function: load the reward function, then answer one item at a time."""
-    # Ctrl-C goes to the whole process group; the driver decides when workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        function = load()
-    except BaseException as error:
-        connection.send(Outcome(error=str(error)))
-        return
-    connection.send(Outcome())
-    while True:
-        try:
-            item = connection.recv()
-        except EOFError:
-            return
-        connection.send(_call(function, item))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _call(function: RewardFunction, item: RewardItem) -> Outcome:
-    try:
-        value = function(item)
-    except UnusableAnswerError as error:
-        return Outcome(value=0.0, warning=str(error))
-    except Exception as error:
-        return Outcome(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return Outcome(error=f"returned {value!r:.80} ({type(value).__name__}), which is not a number")
-    if not math.isfinite(number):
-        return Outcome(error=f"returned {number}, which is not a finite number")
-    return Outcome(value=number)
+_CLOSED = Outcome(failure="error", message="the rewards are being closed")
 
 
 class Worker:
-    """One process and its pipe. Started again after it was killed or died."""
+    """One worker process and its supervisor. Started when it is needed, and again after it was killed or died.
 
-    def __init__(self, load: Callable[[], RewardFunction]) -> None:
+    `closing`: readable once the pool is being closed, which ends every wait.
+    """
+
+    def __init__(self, load: Load, start_seconds: float, closing: Connection) -> None:
         self._load = load
+        self._start_seconds = start_seconds
+        self._closing = closing
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._work: Connection | None = None
+        self._control: Connection | None = None
 
     def start(self) -> Outcome:
-        """Start the process and wait until its function is loaded."""
+        """Start the processes and wait until the function is loaded."""
         # Spawned, not forked: the driver has threads of Ray, which a forked child would inherit half-way.
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._load), daemon=True)
+        self._work, their_work = context.Pipe()
+        self._control, their_control = context.Pipe()
+        _limit_waits(self._work)
+        _limit_waits(self._control)
+        self._process = context.Process(target=supervise, args=(their_work, their_control, self._load), daemon=True)
         self._process.start()
-        theirs.close()
-        outcome = self._receive(START_SECONDS)
-        if outcome.timed_out:
-            return Outcome(error=f"did not load within {START_SECONDS:g} s")
+        their_work.close()
+        their_control.close()
+        outcome = self._receive(self._start_seconds)
+        if outcome.failure == "timeout":
+            message = f"did not load within {self._start_seconds:g} s (reward.start_seconds)"
+            outcome = Outcome(failure="error", message=message)
+        if outcome.failure is not None:
+            self.stop()
         return outcome
 
     def call(self, item: RewardItem, timeout_seconds: float) -> Outcome:
         """The item's reward, or a time-out, after which the process is killed."""
-        if self._process is not None and not self._process.is_alive():
+        for _ in range(2):
+            if self._work is None:
+                started = self.start()
+                if started.failure is not None:
+                    return started
+            try:
+                if self._is_alive() and self._work is not None:
+                    self._work.send(item)
+                    return self._receive(timeout_seconds)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            except OSError as error:
+                return self._died(f"it does not take its next call: {error.strerror or error}")
+            except Exception as error:
+                # The whole message is made before any of it is sent: the worker is as it was.
+                message = f"its row can't be sent to another process: {described(error)}"
+                return Outcome(failure="error", message=message)
             # Killed from outside while it had nothing to do: no fault of this item.
-            log.warning("a reward worker died (exit status %s) and is started again", self._process.exitcode)
+            log.warning("a reward worker died while it had nothing to do, and is started again")
             self.stop()
-        if self._connection is None:
-            started = self.start()
-            if started.error is not None:
-                return started
-        return self._receive(timeout_seconds, item)
+        return Outcome(failure="error", message="reward workers die while they have nothing to do")
 
     def stop(self) -> None:
-        """Kill the process, if there is one."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(STOP_SECONDS)
-        self._connection = self._process = None
+        """Kill the worker and all that it started, if there is one."""
+        for connection in (self._control, self._work):
+            if connection is not None:
+                connection.close()
+        process = self._process
+        self._process = self._work = self._control = None
+        if process is None:
+            return
+        process.join(STOP_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join(STOP_SECONDS)
+        process.close()
 
-    def _receive(self, timeout_seconds: float, item: RewardItem | None = None) -> Outcome:
-        """What the process answers, to `item` if there is one. Without an answer the process is killed."""
-        assert self._connection is not None
-        try:
-            if item is not None:
-                self._connection.send(item)
-            if self._connection.poll(timeout_seconds):
-                outcome: Outcome = self._connection.recv()
-                return outcome
-        except (EOFError, ConnectionError):
-            code = self._process.exitcode if self._process else None
-            self.stop()
-            return Outcome(error=f"the worker process died (exit status {code})")
+    def _receive(self, timeout_seconds: float) -> Outcome:
+        """What the worker answers. Without an answer it is killed."""
+        assert self._work is not None
+        assert self._control is not None
+        end = time.monotonic() + timeout_seconds
+        while (left := end - time.monotonic()) > 0.0:
+            ready = wait([self._work, self._control, self._closing], left)
+            if self._closing in ready:
+                self.stop()
+                return _CLOSED
+            message = _message(self._work) if self._work in ready else None
+            if isinstance(message, Outcome):
+                return message
+            if self._work in ready:
+                return self._died("its connection is closed")
+            if self._control in ready:
+                message = _message(self._control)
+                if not isinstance(message, Output):
+                    return self._died("its supervisor is gone", message)
+                _show(message)
         self.stop()
-        return Outcome(timed_out=True)
+        return Outcome(failure="timeout")
+
+    def _is_alive(self) -> bool:
+        """Whether the idle worker is there, as far as it is known; shows what it wrote since."""
+        if self._process is None or self._control is None or not self._process.is_alive():
+            return False
+        try:
+            while self._control.poll():
+                message = _message(self._control)
+                if not isinstance(message, Output):
+                    return False
+                _show(message)
+        except OSError:
+            return False
+        return True
+
+    def _died(self, what_is_seen: str, message: Any = None) -> Outcome:
+        """The error of a worker that died, which its supervisor explains."""
+        assert self._control is not None
+        end = time.monotonic() + STOP_SECONDS
+        while not isinstance(message, Death) and (left := end - time.monotonic()) > 0.0:
+            if not wait([self._control], left):
+                break
+            message = _message(self._control)
+            if message is None:
+                break
+        self.stop()
+        if not isinstance(message, Death):
+            return Outcome(failure="error", message=f"the worker process died ({what_is_seen})")
+        output = f"its last output:\n{message.output}" if message.output.strip() else ""
+        return Outcome(failure="error", message=f"the worker process died ({message.reason})", traceback=output)
 
 
 class WorkerPool:
     """Some workers that score items side by side."""
 
-    def __init__(self, load: Callable[[], RewardFunction], workers: int) -> None:
-        self._workers = [Worker(load) for _ in range(workers)]
-        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self._workers:
+    def __init__(self, load: Load, workers: int, start_seconds: float) -> None:
+        closing, self._close_it = multiprocessing.Pipe(duplex=False)
+        self._closing = closing
+        self._workers = [Worker(load, start_seconds, closing) for _ in range(workers)]
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()
+        for worker in reversed(self._workers):
             self._free.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
+        self._closed = False
 
     async def start(self) -> Outcome:
         """Start one worker: enough to learn whether the function loads. The others start when they are needed."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._workers[0].start)
 
-    async def call(self, items: Sequence[RewardItem], timeout_seconds: float) -> list[Outcome]:
-        """One outcome for each item, in order."""
-        loop = asyncio.get_running_loop()
-        calls = [loop.run_in_executor(self._threads, self._call, item, timeout_seconds) for item in items]
-        return list(await asyncio.gather(*calls))
+    async def call(self, item: RewardItem, timeout_seconds: float) -> Outcome:
+        """The outcome of one item. The time limit begins when a worker takes it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, item, timeout_seconds)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Kill all workers; calls that still wait end with an error."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            worker.stop()
+        if self._closed:
+            return
+        self._closed = True
+        # Makes `closing` readable, and so wakes every thread that waits for its worker.
+        self._close_it.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._stop_all)
+
+    def _stop_all(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            list(threads.map(Worker.stop, self._workers))
+        self._closing.close()
 
     def _call(self, item: RewardItem, timeout_seconds: float) -> Outcome:
-        worker = self._free.get()
+        if self._closed:
+            return _CLOSED
+        # There are as many threads as workers, so one is free.
+        worker = self._free.get_nowait()
         try:
             return worker.call(item, timeout_seconds)
         finally:
             self._free.put(worker)
+
+
+def _message(connection: Connection) -> Any:
+    """The next message; None if there is none, or it is broken, because the other side is gone."""
+    try:
+        return connection.recv()
+    except Exception:
+        return None
+
+
+def _show(output: Output) -> None:
+    log.info("a reward worker wrote:\n%s", output.text.rstrip())
+
+
+def _limit_waits(connection: Connection) -> None:
+    """Let no send and no receive of this side wait for ever: both raise OSError when the time is over."""
+    seconds = struct.pack("@ll", math.ceil(TRANSFER_SECONDS), 0)
+    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)

@@ -309,14 +309,15 @@ def test_a_signal_ends_rewards_that_take_long(tmp_path: Path, number: signal.Sig
     """A step of a minute, stopped in its middle: the last finished step is on disk within a second."""
 
     class Slow(ChainRewards):
-        calls = 0
+        signalled = False
 
-        async def score(self, items: Any) -> Any:
-            self.calls += 1
-            if self.calls == 3 + 2:
-                os.kill(os.getpid(), number)
+        async def score(self, item: Any) -> Any:
+            if started.driver._state.step == 2:
+                if not self.signalled:
+                    os.kill(os.getpid(), number)
+                self.signalled = True
                 await asyncio.sleep(60.0)
-            return await super().score(items)
+            return await super().score(item)
 
     settings = config(tmp_path, checkpoint={"every_steps": 0, "latest": False})
     started = Run(settings, FakeRollouts(), FakeLearner(), resume=False)
