@@ -15,7 +15,8 @@ import torch
 from transformers import AutoTokenizer
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from common.config.erasure import ErasurePolicy
+from common.token_bytes import token_bytes
 from rollout_server.adjustments import Adjuster, Adjustments
 from rollout_server.monitor import SegmentMonitor, SlotSpec
 from rollout_server.orphans import end_with_parent
@@ -77,11 +78,15 @@ class _Group:
 
 @dataclass(slots=True)
 class _Rows:
-    """Rows of the batch that are followed, rebuilt when the batch changes. `index` is None when all are."""
+    """Rows of the batch that are followed, rebuilt when the batch changes. `index` is None when all are.
+
+    `slots`: on the device; `slots_here`: the same on the host.
+    """
 
     followed: list[_Followed] = field(default_factory=list)
     uids: list[int] = field(default_factory=list)
     slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    slots_here: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     index: torch.Tensor | None = None
     adjusts: bool = False
 
@@ -101,11 +106,16 @@ class SegmentMonitorProcessor(LogitsProcessor):
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
         settings = cast(dict[str, Any], vllm_config.additional_config)["e3rl"]
-        self._model_config = vllm_config.model_config
-        self._vocabulary = vllm_config.model_config.get_vocab_size()
+        model = vllm_config.model_config
+        self._vocabulary = model.get_vocab_size()
         erase, finish = settings["sentinel_ids"]
         requests = vllm_config.scheduler_config.max_num_seqs
-        self._monitor = SegmentMonitor(self._vocabulary, device, (erase, finish), slots=requests)
+        # Before the engine's first step: no request waits for it.
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
+        )
+        texts = token_bytes(tokenizer)
+        self._monitor = SegmentMonitor(self._vocabulary, device, (erase, finish), texts, slots=requests)
         self._outbox = Outbox(settings["address"], threaded=device.type == "cuda")
         self.version: int = settings["version"]
         self._device = device
@@ -122,7 +132,6 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._free_group_rows: list[int] = []
         self._group_rows = 0
         self._priors: OrderedDict[str, int] = OrderedDict()
-        self._token_tables: dict[str, int] = {}
         self._stops: dict[tuple[int, ...], tuple[int, int]] = {}
         """Tables of tokens that end responses: row, and how many submissions need it."""
         self._free_stops: list[int] = []
@@ -211,11 +220,11 @@ class SegmentMonitorProcessor(LogitsProcessor):
     def _build_rows(self, batch_size: int) -> _Rows:
         indices = sorted(self._batch)
         followed = [self._batch[index] for index in indices]
-        slots = self._tensor([f.slot for f in followed])
+        slots = _tensor([f.slot for f in followed])
         everything = len(indices) == batch_size
-        index = None if everything else self._tensor(indices)
+        index = None if everything else _tensor(indices).to(self._device)
         adjusts = any(f.adjuster is not None for f in followed)
-        self._rows = _Rows(followed, [f.uid for f in followed], slots, index, adjusts)
+        self._rows = _Rows(followed, [f.uid for f in followed], slots.to(self._device), slots, index, adjusts)
         return self._rows
 
     def _observe(self, rows: _Rows) -> None:
@@ -231,10 +240,10 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 tokens.append(output_ids[-1])
         if not fresh:
             return
-        slots = rows.slots
+        slots = rows.slots_here
         if len(fresh) < len(rows.followed):
-            slots = self._tensor([followed.slot for followed in fresh])
-        judged = self._monitor.observe(slots, self._tensor(tokens))
+            slots = _tensor([followed.slot for followed in fresh])
+        judged = self._monitor.observe(slots, _tensor(tokens))
         if judged is None:
             return
         if len(judged.slots) < len(fresh):
@@ -325,7 +334,6 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 engine_temperature=submission.engine_temperature,
                 erasable=submission.erasable,
                 history=submission.parsed_history,
-                delimiters=self._delimiter_table(policy),
                 stops=self._take_stops(submission.stop_token_ids),
                 group=statistics.row,
                 prior=statistics.prior,
@@ -394,10 +402,6 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._priors[key] = row
         return row
 
-    def _tensor(self, numbers: list[int]) -> torch.Tensor:
-        """Int64, on the device. Through numpy, which reads a list in half of torch's time."""
-        return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self._device)
-
     def _take_stops(self, token_ids: tuple[int, ...]) -> int:
         """Row of a table of the tokens that end a response; it is theirs until it was given back as often as taken."""
         if not token_ids:
@@ -419,16 +423,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
             del self._stops[token_ids]
             self._free_stops.append(row)
 
-    def _delimiter_table(self, policy: ErasurePolicy) -> int:
-        """Row of the tokens whose text contains the policy's delimiter; 0, empty, for fixed segments."""
-        if not isinstance(policy.segmentation, DelimiterSegmentation):
-            return 0
-        delimiter = policy.segmentation.delimiter
-        if delimiter not in self._token_tables:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self._model_config.tokenizer, trust_remote_code=self._model_config.trust_remote_code
-            )
-            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-            ids = [token for token, text in enumerate(texts) if delimiter in text]
-            self._token_tables[delimiter] = self._monitor.add_token_table(torch.tensor(ids, dtype=torch.int64))
-        return self._token_tables[delimiter]
+
+def _tensor(numbers: list[int]) -> torch.Tensor:
+    """Int64, on the host. Through numpy, which reads a list in half of torch's time."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))

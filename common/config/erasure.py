@@ -1,6 +1,7 @@
 """What decides whether a segment is erased: the settings of `algorithm.md`, sections 1 to 5."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,6 +10,19 @@ from common.config.base import StrictModel, Temperature
 
 SHORTEST_DELIMITED = 4
 """Tokens that a segment which ends at a delimiter has at least, unless a setting says otherwise."""
+
+MOST_DELIMITERS = 16
+MOST_DELIMITER_BYTES = 1024
+"""Of all delimiters of a segmentation together, in UTF-8: an engine keeps a state for each byte."""
+
+Delimiter = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+def check_delimiters(delimiter: str | Sequence[str]) -> None:
+    """ValueError if they are too long together."""
+    size = len("".join(delimiter).encode())
+    if size > MOST_DELIMITER_BYTES:
+        raise ValueError(f"the delimiters have {size} bytes together, of at most {MOST_DELIMITER_BYTES}")
 
 
 def with_default_min_length(settings: Any) -> Any:
@@ -34,16 +48,22 @@ class FixedSegmentation(StrictModel):
     def max_length(self) -> int:
         return self.length
 
+    @property
+    def delimiters(self) -> tuple[bytes, ...]:
+        """None: what a text holds ends no segment."""
+        return ()
+
 
 class DelimiterSegmentation(StrictModel):
-    """A segment ends with the first token whose text contains `delimiter`. Source: ours.
+    """A segment ends with the token that completes `delimiter`, or one of several, in the segment's text. Source: ours.
 
-    It does not end before `min_length` tokens, and at `max_length` tokens at the latest. By default a blank line, which
-    is often one token, is no segment of its own: there is nothing in it to be uncertain of.
+    A delimiter may be spread over several tokens; what began before the segment does not count. A segment has
+    `min_length` tokens at least and `max_length` at most. By default a blank line, which is often one token, is no
+    segment of its own: there is nothing in it to be uncertain of.
     """
 
     mode: Literal["delimiter"] = "delimiter"
-    delimiter: str = Field(default="\n", min_length=1, max_length=64)
+    delimiter: Delimiter | Annotated[tuple[Delimiter, ...], Field(min_length=1, max_length=MOST_DELIMITERS)] = "\n"
     min_length: int = Field(default=SHORTEST_DELIMITED, ge=1, le=1_048_576)
     max_length: int = Field(default=512, ge=1, le=1_048_576)
 
@@ -56,7 +76,14 @@ class DelimiterSegmentation(StrictModel):
     def _bounds_are_ordered(self) -> "DelimiterSegmentation":
         if self.min_length > self.max_length:
             raise ValueError(f"min_length ({self.min_length}) exceeds max_length ({self.max_length})")
+        check_delimiters(self.delimiter)
         return self
+
+    @property
+    def delimiters(self) -> tuple[bytes, ...]:
+        """All of them, in UTF-8."""
+        texts = (self.delimiter,) if isinstance(self.delimiter, str) else self.delimiter
+        return tuple(text.encode("utf-8") for text in texts)
 
 
 Segmentation = Annotated[FixedSegmentation | DelimiterSegmentation, Field(discriminator="mode")]

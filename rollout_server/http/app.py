@@ -151,7 +151,6 @@ def _answer(
     groups = _groups(service, body, prompts, lengths, policy, identity, top_logprobs)
     if scores is not None:
         check_scores(prompts, body.choices, scores)
-    service.admit_delimiter(policy)
     request.scope[USER] = body.user
     segments = body.erasure is None or body.erasure.return_segments
     options = ChoiceOptions(
@@ -268,7 +267,6 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
             erasable=False,
         )
         groups.append(_members(template, group.n, erasable))
-    service.admit_delimiter(policy)
     options = ChoiceOptions(segments=False)
     maker = service.choice_maker(_observer(service, request), options, TextOptions())
     return GenerationAnswer(service, _client(request), groups, maker, RolloutEncoder(), streams=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from common.config.erasure import ErasurePolicy
 from common.trajectory import NO_EXTRAS, ResponseRequest, SamplingExtras
 from rollout_server.http.admission import Admission
 from rollout_server.http.choice import Choice, ChoiceOptions
@@ -22,16 +22,6 @@ from rollout_server.http.schema.erasure import ErasureOptions
 from rollout_server.http.segments import JudgedSegment
 from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import Tracing
-
-MAX_DELIMITERS = 64
-"""Different delimiters that the server takes in its lifetime: an engine keeps a table of tokens for each."""
-
-
-def _delimiter(policy: ErasurePolicy | None) -> set[str]:
-    """The delimiter of a policy, if it has one."""
-    if policy is not None and isinstance(policy.segmentation, DelimiterSegmentation):
-        return {policy.segmentation.delimiter}
-    return set()
 
 
 ENGINE_USE = {
@@ -93,8 +83,6 @@ class Service:
         self.draining = False
         self.stopping = False
         self.created = int(time.time())
-        # The server's own and the most usual one have their places, whatever else requests ask for.
-        self._delimiters = {"\n", *_delimiter(settings.erasure)}
         self._watch()
 
     def _watch(self) -> None:
@@ -144,16 +132,6 @@ class Service:
             return options.policy(self.settings.erasure)
         except ValidationError as error:
             raise from_validation(error, ("erasure",)) from None
-
-    def admit_delimiter(self, policy: ErasurePolicy | None) -> None:
-        """Take the delimiter of a request in which all else is right; 400 if there is no place for it."""
-        for delimiter in _delimiter(policy) - self._delimiters:
-            if len(self._delimiters) >= MAX_DELIMITERS:
-                raise bad_request(
-                    f"the server has seen {MAX_DELIMITERS} different delimiters and takes no new ones",
-                    "erasure.segmentation.delimiter",
-                )
-            self._delimiters.add(delimiter)
 
     def check_extras(self, extras: SamplingExtras, policy: ErasurePolicy | None) -> None:
         """400 for sampling parameters that this model cannot have."""

@@ -1,4 +1,7 @@
-"""The segment monitor: tensors only, no vLLM. `core` holds the state, `judge` the verdict, `layout` the columns."""
+"""The segment monitor, without vLLM.
+
+`core` holds the state, `boundaries` says where segments end, `judge` and `host` have the verdict, `layout` the columns.
+"""
 
 from rollout_server.monitor.core import SegmentMonitor
 from rollout_server.monitor.layout import Field, Judged, SlotSpec

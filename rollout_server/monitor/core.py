@@ -10,7 +10,7 @@ rest is written in what both spell alike.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ Array = Any
 class SegmentMonitor:
     """State of all followed responses, a slot each, and the statistics of their groups.
 
-    `sentinels`: the token ids that are forced to end a request, (erase, finish). All capacities grow on demand.
+    `sentinels`: the token ids that are forced to end a request, (erase, finish). `token_bytes`: what each token adds to
+    a text, in which delimiters are looked for (`common.token_bytes`). All capacities grow on demand.
     `on_host`: the slots' state is in numpy arrays, and a step looks at which rows matter: free on CPU, a wait for the
     device elsewhere. By default as `device` is.
     """
@@ -36,6 +37,7 @@ class SegmentMonitor:
         vocabulary: int,
         device: torch.device,
         sentinels: tuple[int, int],
+        token_bytes: Sequence[bytes],
         slots: int = 64,
         on_host: bool | None = None,
     ) -> None:
@@ -55,8 +57,7 @@ class SegmentMonitor:
         self._behaviour_normaliser = self._zeros(slots, dtype=short)
         self._entropy = self._zeros(slots, dtype=short)
         self._count = self._zeros(slots, dtype=whole)
-        """Tokens of the segment under way; it ends with `_full` of them at the latest."""
-        self._full = self._zeros(slots, dtype=whole)
+        """Tokens of the segment under way."""
         self._token_logprobs = self._zeros(slots, 1, dtype=short)
         self._token_behaviours = self._zeros(slots, 1, dtype=short)
         self._token_signals = self._zeros(slots, 1, dtype=short)
@@ -70,14 +71,17 @@ class SegmentMonitor:
         self._tempered: set[int] = set()
         self._retempered: set[int] = set()
         self._entropic: set[int] = set()
+        # Imported here: numba takes half a second, which only workers need to spend. Compiled here, or loaded from
+        # where that is kept, rather than in a request's first step.
+        from rollout_server.monitor.boundaries import Boundaries
+
+        self._boundaries = Boundaries(token_bytes, vocabulary, slots)
         if self.on_host:
-            # Imported here: numba takes half a second, which only a worker on CPU needs to spend. Compiled here, or
-            # loaded from where that is kept, rather than in a request's first step.
             from rollout_server.monitor import host
 
             self._observe_rows = host.observe
-            nothing = np.empty(0, np.int64)
-            self._observe_on_host(nothing, nothing)
+            nothing = torch.empty(0, dtype=torch.int64)
+            self.observe(nothing, nothing)
 
     @property
     def capacity(self) -> int:
@@ -85,7 +89,7 @@ class SegmentMonitor:
         return len(self._forced)
 
     def add_token_table(self, token_ids: torch.Tensor, replaced: int | None = None) -> int:
-        """A table of the tokens that end a segment or a response; returns the row that names it. Row 0 is empty.
+        """A table of the tokens that end a response; returns the row that names it. Row 0 is empty.
 
         `replaced`: the row of a table that no slot needs any more.
         """
@@ -142,8 +146,7 @@ class SegmentMonitor:
         self._ints[slot] = self._array(
             [
                 spec.position, spec.segment, spec.attempt, spec.erased_tokens, policy.window,
-                policy.segmentation.min_length, policy.segmentation.max_length, spec.limit,
-                spec.delimiters, spec.stops, spec.group, spec.prior,
+                spec.limit, spec.stops, spec.group, spec.prior,
                 policy.max_erasures if spec.erasable else 0, spec.erased_limit,
                 policy.observe == "all", policy.signal == "entropy", policy.statistics == "index",
             ],
@@ -160,9 +163,9 @@ class SegmentMonitor:
             ]
         )  # fmt: skip
         self._count[slot] = 0
-        self._full[slot] = min(policy.segmentation.max_length, spec.limit - spec.position)
         self._forced[slot] = NO_SENTINEL
         self.close(slot)
+        self._boundaries.open(slot, policy.segmentation, spec.limit - spec.position)
         if spec.temperature != 1.0 or retry != 1.0:
             self._tempered.add(slot)
         if retry != spec.temperature:
@@ -173,6 +176,7 @@ class SegmentMonitor:
     def close(self, slot: int) -> None:
         """Stop following the response in `slot`."""
         self._kept.pop(slot, None)
+        self._boundaries.close(slot)
         for special in (self._tempered, self._retempered, self._entropic):
             special.discard(slot)
 
@@ -193,7 +197,7 @@ class SegmentMonitor:
 
     def _reserve(self, slot: int, spec: SlotSpec) -> None:
         tokens = ("_token_logprobs", "_token_behaviours", "_token_signals")
-        slots = ("_row", "_behaviour_normaliser", "_entropy", "_count", "_full", "_ints", "_past", "_reals", "_forced")
+        slots = ("_row", "_behaviour_normaliser", "_entropy", "_count", "_ints", "_past", "_reals", "_forced")
         for name in tokens + slots:
             setattr(self, name, _grown(getattr(self, name), 0, slot + 1))
         segmentation = spec.policy.segmentation
@@ -204,27 +208,27 @@ class SegmentMonitor:
         self._priors = _grown(self._priors, 1, segments)
 
     def observe(self, slots: torch.Tensor, tokens: torch.Tensor) -> Judged | None:
-        """Take the tokens `[rows]` that were sampled from the logits last given for `slots` `[rows]`.
+        """Take the tokens `[rows]` that were sampled from the logits last given for `slots` `[rows]`, both on the host.
 
         Returns the judgements of the segments that ended, or None. On a GPU every row is returned, the column
         `Field.JUDGED` saying which count, so that the host need not know.
         """
+        ends = self._boundaries.take(slots.numpy(), tokens.numpy())
         if self.on_host:
-            return self._observe_on_host(slots.numpy(), tokens.numpy())
+            return self._observe_on_host(slots.numpy(), tokens.numpy(), ends)
+        slots, tokens, ended = torch.stack([slots, tokens, torch.from_numpy(ends).long()]).to(self.device)
         # An engine that runs ahead steps a row on after its sentinel, before it takes it out.
         running = self._forced[slots] < 0
         count = self._count[slots] + running
         self._count[slots] = count
         self._measure(slots, tokens, (count - 1).clip(0))
         stopped = self._token_tables[self._ints[slots, Int.STOPS], tokens]
-        delimiting = self._token_tables[self._ints[slots, Int.DELIMITERS], tokens]
-        ended = stopped | (count >= self._full[slots]) | (delimiting & (count >= self._ints[slots, Int.MIN_LENGTH]))
-        return self._conclude(slots, count, stopped, ended & running)
+        return self._conclude(slots, count, stopped, (stopped | (ended > 0)) & running)
 
-    def _observe_on_host(self, slots: np.ndarray, tokens: np.ndarray) -> Judged | None:
+    def _observe_on_host(self, slots: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> Judged | None:
         judged, fields, per_token = self._observe_rows(
-            slots, tokens, self._logprobs.numpy(), self._row, self._behaviour_normaliser, self._entropy, self._count,
-            self._full, self._token_logprobs, self._token_behaviours, self._token_signals, self._token_tables,
+            slots, tokens, ends, self._logprobs.numpy(), self._row, self._behaviour_normaliser, self._entropy,
+            self._count, self._token_logprobs, self._token_behaviours, self._token_signals, self._token_tables,
             self._ints, self._past, self._reals, self._forced, self._groups, self._priors, *self.sentinels,
         )  # fmt: skip
         if len(judged) == 0:
@@ -269,7 +273,6 @@ class SegmentMonitor:
         ints[:, Int.SEGMENT] += accepted & ~final
         ints[:, Int.ATTEMPT] *= ~accepted
         self._ints[slots] = ints
-        self._full[slots] = ints[:, Int.MAX_LENGTH].minimum(ints[:, Int.LIMIT] - ints[:, Int.START])
         self._count[slots] = count * ~ended
         return Judged(slots, fields, tokens)
 

@@ -1,55 +1,32 @@
 """What the monitor does with sampled tokens where its state is in the host's memory: one compiled loop over the rows.
 
 The same mathematics as `rollout_server.monitor.judge` (`algorithm.md`, sections 3 to 5), in float64. Few rows end a
-segment in a step, and each of numpy's calls costs more than all that is computed for them here. numba comes with vLLM.
+segment in a step, and each of numpy's calls costs more than all that is computed for them here.
 """
 
-import logging
 import math
-from collections import namedtuple
-from collections.abc import Callable
-from enum import IntEnum
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from numba import njit
 
+from rollout_server.monitor.compiled import compiled, places
 from rollout_server.monitor.layout import NO_SENTINEL, Field, Int, Past, Real
 
-log = logging.getLogger("e3rl.engine")
 Array = Any
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def compiled(function: F) -> F:
-    """Compiled when it is first called, and kept on disk; an index out of bounds raises."""
-    try:
-        return cast(F, njit(cache=True, boundscheck=True)(function))
-    except RuntimeError as error:
-        # numba finds no directory that it may write to, as in a read-only container.
-        log.info("compiling %s anew in every process: %s", function.__name__, error)
-        return cast(F, njit(boundscheck=True)(function))
-
-
-def _places(columns: type[IntEnum]) -> Any:
-    """Columns as a named tuple of integers: numba doesn't index with members of an enum."""
-    places: Any = namedtuple("places", list(columns.__members__))  # type: ignore[misc]
-    return places(*(int(member) for member in columns))
-
-
-INT, PAST, REAL, FIELD = map(_places, (Int, Past, Real, Field))
+INT, PAST, REAL, FIELD = map(places, (Int, Past, Real, Field))
 
 
 @compiled
 def observe(
     slots: Array,
     tokens: Array,
+    ends: Array,
     logprobs: Array,
     row: Array,
     normaliser: Array,
     entropy: Array,
     count: Array,
-    full: Array,
     token_logprobs: Array,
     token_behaviours: Array,
     token_signals: Array,
@@ -65,7 +42,8 @@ def observe(
 ) -> tuple[Array, Array, Array]:
     """Take `tokens` `[rows]`, sampled for `slots` `[rows]`, into the monitor's state; the arguments are its arrays.
 
-    Returns what `Judged` holds, of the segments that ended: slots, fields and tokens.
+    `ends` `[rows]`: which of them end their segments, by length or text (`boundaries`). Returns what `Judged` holds,
+    of the segments that ended: slots, fields and tokens.
     """
     judged = np.empty(len(slots), np.int64)
     stopped = np.empty(len(slots), np.bool_)
@@ -87,8 +65,7 @@ def observe(
         token_behaviours[slot, place] = behaviour
         token_signals[slot, place] = entropy[slot] if ints[slot, INT.USES_ENTROPY] else -logprob
         stops = token_tables[ints[slot, INT.STOPS], token]
-        delimits = token_tables[ints[slot, INT.DELIMITERS], token] and place + 1 >= ints[slot, INT.MIN_LENGTH]
-        if stops or delimits or place + 1 >= full[slot]:
+        if stops or ends[i]:
             judged[ended], stopped[ended] = slot, stops
             ended += 1
             longest = max(longest, place + 1)
@@ -128,7 +105,6 @@ def observe(
             own[INT.START] = position
             own[INT.SEGMENT] += 1
             own[INT.ATTEMPT] = 0
-        full[slot] = min(own[INT.MAX_LENGTH], own[INT.LIMIT] - own[INT.START])
         count[slot] = 0
     return judged, fields, per_token
 

@@ -23,18 +23,15 @@ class Int(IntEnum):
     ATTEMPT = 2
     ERASED = 3
     WINDOW = 4
-    MIN_LENGTH = 5
-    MAX_LENGTH = 6
-    LIMIT = 7
-    DELIMITERS = 8
-    STOPS = 9
-    GROUP = 10
-    PRIOR = 11
-    MAX_ERASURES = 12
-    ERASED_LIMIT = 13
-    OBSERVE_ALL = 14
-    USES_ENTROPY = 15
-    BY_INDEX = 16
+    LIMIT = 5
+    STOPS = 6
+    GROUP = 7
+    PRIOR = 8
+    MAX_ERASURES = 9
+    ERASED_LIMIT = 10
+    OBSERVE_ALL = 11
+    USES_ENTROPY = 12
+    BY_INDEX = 13
 
 
 class Past(IntEnum):
@@ -103,7 +100,7 @@ class SlotSpec:
 
     `position`: committed tokens so far. `limit`: the response's token limit. `erasable` false: monitored only.
     `engine_temperature`: what the engine divides logits by after this processor; it differs from the temperature in
-    force where segments are regenerated at their own. `delimiters`, `stops`: rows of the token tables.
+    force where segments are regenerated at their own. `stops`: a row of the token tables.
     `best`: the least uncertainty of earlier attempts at the segment, if one of them may be kept in place of the last.
     """
 
@@ -118,7 +115,6 @@ class SlotSpec:
     engine_temperature: float
     erasable: bool
     history: History
-    delimiters: int
     stops: int
     group: int
     prior: int

@@ -23,16 +23,16 @@ def judgements(device: str) -> list[Judged]:
     logits = 2.0 * torch.randn(STEPS, SLOTS, VOCABULARY, generator=generator)
     tokens = torch.multinomial(logits.softmax(-1).view(-1, VOCABULARY), 1, generator=generator).view(STEPS, SLOTS)
     policy = ErasurePolicy(segmentation=FixedSegmentation(length=6), signal="entropy", window=3, eta=0.4)
-    monitor = SegmentMonitor(VOCABULARY, torch.device(device), (48, 49), slots=SLOTS)
+    monitor = SegmentMonitor(VOCABULARY, torch.device(device), (48, 49), [], slots=SLOTS)
     monitor.clear_prior(0)
     monitor.open_group(0)
     for slot in range(SLOTS):
-        monitor.open(slot, SlotSpec(policy, 0, 0, 0, 0, STEPS, STEPS, 1.0, 1.0, False, History(), 0, 0, 0, 0))
-    slots = torch.arange(SLOTS, device=device)
+        monitor.open(slot, SlotSpec(policy, 0, 0, 0, 0, STEPS, STEPS, 1.0, 1.0, False, History(), 0, 0, 0))
+    slots = torch.arange(SLOTS)
     found = []
     for step in range(STEPS):
-        monitor.prepare(slots, logits[step].to(device), None)
-        judged = monitor.observe(slots, tokens[step].to(device))
+        monitor.prepare(slots.to(device), logits[step].to(device), None)
+        judged = monitor.observe(slots, tokens[step])
         if judged is not None:
             found.append(judged)
     return found

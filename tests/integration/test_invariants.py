@@ -13,18 +13,24 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
 from common.config import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, SignalWeights
+from common.segmentation import segment_length
 from common.threshold import History, adaptive_threshold, is_erased, kept_attempt, shrunk_moments
+from common.token_bytes import token_bytes
 from common.trajectory import Attempt, ResponseRequest, SamplingExtras, Trajectory
 from common.uncertainty import segment_uncertainty, token_signal
 from tests.engines import ReferenceModel, RunningEngine, group_requests, running_engine
 from tests.models import byte_tokenizer, tiny_llama, tiny_qwen3
 
 TOLERANCE = 1e-4
+TOKEN_BYTES = [*token_bytes(byte_tokenizer(64)), *[b""] * 64]
+"""Also of the model's rows that no token has."""
+TWO_BYTES = [f"{letter}\x01" for letter in "bcdfghij"]
+"""Each of two tokens."""
 FAMILIES = {"qwen3-tied": lambda path: tiny_qwen3(path, tied=True), "llama-untied": tiny_llama}
 POLICIES = {
     "fixed": ErasurePolicy(segmentation=FixedSegmentation(length=7), kappa=0.0, gamma=0.1, eta=0.3, max_erasures=3),
     "delimiter": ErasurePolicy(
-        segmentation=DelimiterSegmentation(delimiter="e", min_length=2, max_length=11),
+        segmentation=DelimiterSegmentation(delimiter=("e", "a", *TWO_BYTES), min_length=2, max_length=11),
         signal="entropy",
         window=3,
         weights=SignalWeights(base=0.5, extreme=0.7, gradient=0.2),
@@ -126,14 +132,9 @@ def test_segments_end_where_the_segmentation_says(trajectories: list[Trajectory]
         segmentation = trajectory.policy.segmentation
         for attempt in trajectory.attempts:
             last = attempt.end == 60 or attempt.token_ids[-1] == 256
-            assert len(attempt.token_ids) <= segmentation.max_length
-            if isinstance(segmentation, DelimiterSegmentation):
-                delimiter = [t == byte_token("e") for t in attempt.token_ids]
-                assert not any(delimiter[segmentation.min_length - 1 : -1])
-                ended = delimiter[-1] and len(delimiter) >= segmentation.min_length
-                assert ended or last or len(delimiter) == segmentation.max_length
-            else:
-                assert last or len(attempt.token_ids) == segmentation.length
+            texts = [TOKEN_BYTES[token] for token in attempt.token_ids]
+            length = segment_length(texts, segmentation, 60 - attempt.start)
+            assert length == len(texts) or (length is None and last)
 
 
 def byte_token(character: str) -> int:

@@ -14,6 +14,8 @@ from rollout_server.monitor import Field, Judged, SegmentMonitor, SlotSpec
 VOCABULARY = 50
 SENTINELS = (48, 49)
 CPU = torch.device("cpu")
+TOKEN_BYTES = [b"x" if token == 7 else b"%d," % token for token in range(48)]
+"""What the tokens add to a text; those of the sentinels have none."""
 
 
 def spec(policy: ErasurePolicy, **changes: Any) -> SlotSpec:
@@ -30,7 +32,6 @@ def spec(policy: ErasurePolicy, **changes: Any) -> SlotSpec:
         "engine_temperature": 1.0,
         "erasable": True,
         "history": History(),
-        "delimiters": 0,
         "stops": 0,
         "group": 0,
         "prior": 0,
@@ -40,7 +41,7 @@ def spec(policy: ErasurePolicy, **changes: Any) -> SlotSpec:
 
 def monitor_for(policy: ErasurePolicy, slots: int, *, on_host: bool = True, **changes: Any) -> SegmentMonitor:
     """A monitor that follows `slots` responses of one group."""
-    monitor = SegmentMonitor(VOCABULARY, CPU, SENTINELS, slots=2, on_host=on_host)
+    monitor = SegmentMonitor(VOCABULARY, CPU, SENTINELS, TOKEN_BYTES, slots=2, on_host=on_host)
     monitor.clear_prior(0)
     monitor.open_group(0)
     for slot in range(slots):
@@ -284,7 +285,6 @@ def test_delimiters_end_segments_between_their_bounds() -> None:
         segmentation=DelimiterSegmentation(delimiter="x", min_length=3, max_length=5), threshold=math.inf
     )
     monitor = monitor_for(policy, 1)
-    monitor.open(0, spec(policy, delimiters=monitor.add_token_table(torch.tensor([7]))))
     tokens = torch.tensor([[7, 1, 7, 1, 1, 1, 1, 1, 1, 1, 1, 7, 7]]).T
     spans = [
         (int(fields[Field.START]), int(fields[Field.END]))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,18 +14,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
-from common.config import ErasurePolicy, FixedSegmentation
+from common.config import DelimiterSegmentation, ErasurePolicy, FixedSegmentation
+from common.segmentation import segment_length
+from common.token_bytes import token_bytes
 from rollout_server.monitor import Field, Judged
 from rollout_server.plain_rows import PlainRows
 from rollout_server.records import Inbox, Outbox, Sender
 from rollout_server.submission import PLAIN_ARG, Submission, policy_json
 from rollout_server.vllm_v1 import DEPARTED_KEPT, PRIORS_KEPT, SegmentMonitorProcessor
+from tests.models import byte_tokenizer
 
 VOCABULARY = 50
 SENTINELS = (48, 49)
+TOKENIZER = TemporaryDirectory()
+byte_tokenizer(64).save_pretrained(TOKENIZER.name)
 POLICY = policy_json(ErasurePolicy(segmentation=FixedSegmentation(length=2), max_erasures=0))
 
 
@@ -44,11 +51,16 @@ class LateOutbox(Outbox):
         self._waiting.clear()
 
 
-def processor(address: str) -> SegmentMonitorProcessor:
+def processor(address: str, tokenizer: str = TOKENIZER.name, vocabulary: int = VOCABULARY) -> SegmentMonitorProcessor:
     """One that follows up to two requests at once."""
     config: Any = SimpleNamespace(
         additional_config={"e3rl": {"address": address, "sentinel_ids": SENTINELS, "version": 5}},
-        model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
+        model_config=SimpleNamespace(
+            get_vocab_size=lambda: vocabulary,
+            tokenizer=tokenizer,
+            tokenizer_revision=None,
+            trust_remote_code=False,
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
     )
     return SegmentMonitorProcessor(config, torch.device("cpu"), is_pin_memory=False)
@@ -301,6 +313,40 @@ def test_a_group_that_may_erase_nothing_warms_the_prior_up_for_the_first_that_ma
     assert verdict(10, "next", 1000) == (True, True)
 
 
+@pytest.mark.parametrize("delimiter", [". ", ("</think>", "\n\n", "。")])
+def test_segments_end_at_text_that_no_token_contains(
+    everyday_model: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str | tuple[str, ...]
+) -> None:
+    inbox = Inbox()
+    tokenizer = AutoTokenizer.from_pretrained(everyday_model)
+    followed = processor(inbox.address, str(everyday_model), len(tokenizer))
+    ended: list[int] = []
+    monkeypatch.setattr(
+        followed._outbox, "put", lambda senders, step, judged: ended.append(int(judged.fields[0, Field.END]))
+    )
+    segmentation = DelimiterSegmentation(delimiter=delimiter, min_length=2, max_length=30)
+    text = "<think>\nFirst, 1 + 2 = 3. So it is.\n</think>\n\n今日は天気。Yes. The answer is 3. Is it?\n\nEnd, as it"
+    ids = tokenizer(text)["input_ids"]
+    policy = policy_json(ErasurePolicy(segmentation=segmentation, max_erasures=0))
+    output_ids: list[int] = []
+    rows = [(0, params(1, limit=500, policy=policy), None, output_ids)]
+    followed.update_state(BatchUpdate(1, removed=[], added=rows, moved=[]))
+    for token in ids:
+        followed.apply(torch.zeros(1, len(tokenizer)))
+        output_ids.append(token)
+    followed.apply(torch.zeros(1, len(tokenizer)))
+    followed._outbox.close()
+    inbox.close()
+    texts = [tokenizer.decode([*ids[:1], i]).removeprefix(tokenizer.decode(ids[:1])) for i in ids]
+    assert not any(d in text for text in texts for d in [delimiter] if isinstance(d, str))
+    known, start, expected = token_bytes(tokenizer), 0, []
+    while (length := segment_length([known[i] for i in ids[start:]], segmentation, 500)) is not None:
+        start += length
+        expected.append(start)
+    assert ended == expected
+    assert len(ended) >= 3
+
+
 def test_an_installation_that_cannot_be_written_to_is_no_hindrance(tmp_path: Path) -> None:
     for package in ("common", "rollout_server"):
         shutil.copytree(package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -309,7 +355,7 @@ def test_an_installation_that_cannot_be_written_to_is_no_hindrance(tmp_path: Pat
     script = """
 import torch
 from rollout_server.monitor import SegmentMonitor
-monitor = SegmentMonitor(50, torch.device("cpu"), (48, 49))
+monitor = SegmentMonitor(50, torch.device("cpu"), (48, 49), [b"a"] * 48)
 assert monitor.observe(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)) is None
 """
     environment = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "PYTHONPATH": str(tmp_path)}

@@ -1,6 +1,7 @@
 """The monitor's two implementations, the compiled one and torch's, on random responses: they must judge alike.
 
-`test_monitor.py` compares them with the reference, in fewer situations.
+They must also end segments where the reference does. `test_monitor.py` compares their judgements with the reference,
+in fewer situations.
 """
 
 import math
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy, FixedSegmentation, Segmentation, SignalWeights
+from common.segmentation import segment_length
 from common.threshold import History
-from rollout_server.monitor import SegmentMonitor
-from tests.unit.test_monitor import CPU, SENTINELS, VOCABULARY, rows_of, spec
+from rollout_server.monitor import Field, SegmentMonitor
+from tests.unit.test_monitor import CPU, SENTINELS, TOKEN_BYTES, VOCABULARY, rows_of, spec
 
 SLOTS, GROUPS, PRIORS, STEPS = 5, 3, 2, 120
 
@@ -23,7 +25,9 @@ def random_policy(rng: random.Random) -> ErasurePolicy:
     if rng.random() < 0.5:
         shortest = rng.randint(1, 3)
         segmentation = DelimiterSegmentation(
-            delimiter="x", min_length=shortest, max_length=shortest + rng.randint(0, 4)
+            delimiter=rng.choice(["x", "1,", "x1", "2,3", ("x", ",1", "9,4")]),
+            min_length=shortest,
+            max_length=shortest + rng.randint(0, 4),
         )
     return ErasurePolicy(
         segmentation=segmentation,
@@ -65,21 +69,26 @@ def random_response(rng: random.Random, policy: ErasurePolicy) -> dict[str, Any]
 @pytest.mark.parametrize("seed", range(6))
 def test_both_paths_judge_alike(seed: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    monitors = [SegmentMonitor(VOCABULARY, CPU, SENTINELS, slots=2, on_host=on_host) for on_host in (True, False)]
-    tables = []
+    monitors = [
+        SegmentMonitor(VOCABULARY, CPU, SENTINELS, TOKEN_BYTES, slots=2, on_host=on_host) for on_host in (True, False)
+    ]
+    stops = []
     for monitor in monitors:
         for row in range(PRIORS):
             monitor.clear_prior(row)
         for row in range(GROUPS):
             monitor.open_group(row)
-        added = [monitor.add_token_table(torch.tensor(ids)) for ids in ([9], [3, 7, 8])]
-        tables.append(dict(zip(("stops", "delimiters"), added, strict=True)))
+        stops.append(monitor.add_token_table(torch.tensor([9])))
+
+    segments: dict[int, tuple[Segmentation, int, list[int]]] = {}
+    """Of the response in each slot: how it is cut, what tokens it has left at the segment's start, the segment's."""
 
     def open_slot(slot: int) -> None:
         policy = random_policy(rng)
         values = random_response(rng, policy)
-        for monitor, own in zip(monitors, tables, strict=True):
-            monitor.open(slot, spec(policy, **values, **own))
+        for monitor, own in zip(monitors, stops, strict=True):
+            monitor.open(slot, spec(policy, **values, stops=own))
+        segments[slot] = policy.segmentation, values["limit"], []
 
     for slot in range(SLOTS):
         open_slot(slot)
@@ -99,6 +108,16 @@ def test_both_paths_judge_alike(seed: int) -> None:
                 torch.tensor(fields), torch.tensor(torchs[slot]), atol=1e-5, rtol=1e-5, equal_nan=True
             )
         for slot, token in enumerate(tokens.tolist()):
+            if slot in segments:
+                segmentation, left, own_tokens = segments[slot]
+                own_tokens.append(token)
+                texts = [TOKEN_BYTES[t] if t < len(TOKEN_BYTES) else b"" for t in own_tokens]
+                length = segment_length(texts, segmentation, left)
+                assert (slot in compiled) == (length is not None or token == 9)
+                if slot in compiled:
+                    segments[slot] = segmentation, left - len(own_tokens), []
+                    if compiled[slot][Field.ERASED] or compiled[slot][Field.FINAL]:
+                        del segments[slot]
             erased += token == SENTINELS[0]
             accepted += slot in compiled
             # An engine that runs ahead steps a row on after its sentinel.

@@ -5,11 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from common.config.erasure import (
+    MOST_DELIMITERS,
     SHORTEST_DELIMITED,
+    Delimiter,
     DelimiterSegmentation,
     ErasurePolicy,
     FixedSegmentation,
     SignalWeights,
+    check_delimiters,
     with_default_min_length,
 )
 from rollout_server.http.schema.base import AnswerModel, RequestModel, TokenId
@@ -25,10 +28,12 @@ class FixedSegments(RequestModel):
 
 
 class DelimiterSegments(RequestModel):
-    """A segment ends with the first token that holds `delimiter`, within these lengths in tokens."""
+    """A segment ends with the token that completes a delimiter in its text, within these lengths in tokens."""
 
     mode: Literal["delimiter"]
-    delimiter: str = Field(default="\n", min_length=1, max_length=64)
+    delimiter: Delimiter | Annotated[list[Delimiter], Field(min_length=1, max_length=MOST_DELIMITERS)] = Field(
+        default="\n", description="A text, or several of which each ends a segment; it may be spread over tokens."
+    )
     min_length: SegmentLength = SHORTEST_DELIMITED
     max_length: SegmentLength = 512
 
@@ -41,6 +46,7 @@ class DelimiterSegments(RequestModel):
     def _bounds_are_ordered(self) -> "DelimiterSegments":
         if self.min_length > self.max_length:
             raise ValueError(f"min_length ({self.min_length}) exceeds max_length ({self.max_length})")
+        check_delimiters(self.delimiter)
         return self
 
 
