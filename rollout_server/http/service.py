@@ -23,7 +23,6 @@ from rollout_server.http.segments import JudgedSegment
 from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import Tracing
 
-
 ENGINE_USE = {
     "monitor_slots": "Slots of a replica's segment monitor.",
     "monitor_slots_in_use": "Slots that monitored responses hold.",
