@@ -88,7 +88,7 @@ class _WorkerReward(StrictModel):
 
 
 class MathReward(_WorkerReward):
-    """1 if the response's final answer equals the reference, as `math-verify` compares them, else 0."""
+    """1 if the response's final answer (its last box) equals the reference, by `math-verify`, else 0."""
 
     kind: Literal["math"] = "math"
     timeout_seconds: float = Field(default=5.0, gt=0.0, le=600.0)
