@@ -8,12 +8,14 @@ them comes from the same tokens and the same weights, since a sync empties the p
 
 from dataclasses import fields
 from typing import Any
+from weakref import ref
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 SCHEDULER = "rollout_server.scheduling.clearing_scheduler"
+_made: "ref[Scheduler] | None" = None
 
 
 class _ClearedKVCache(KVCacheConfig):
@@ -26,4 +28,18 @@ def clearing_scheduler(*, vllm_config: Any, kv_cache_config: KVCacheConfig, **ar
     """The scheduler that vLLM would have made; it names the blocks that the worker must clear before each step."""
     values = {field.name: getattr(kv_cache_config, field.name) for field in fields(kv_cache_config) if field.init}
     kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    return kind(vllm_config=vllm_config, kv_cache_config=_ClearedKVCache(**values), **arguments)
+    scheduler = kind(vllm_config=vllm_config, kv_cache_config=_ClearedKVCache(**values), **arguments)
+    global _made
+    _made = ref(scheduler)
+    return scheduler
+
+
+def kv_blocks() -> dict[str, int]:
+    """KV blocks of this process's engine and how many of them requests hold; nothing where no scheduler is."""
+    scheduler = None if _made is None else _made()
+    if scheduler is None:
+        return {}
+    pool = scheduler.kv_cache_manager.block_pool
+    # One block is vLLM's own.
+    total = pool.num_gpu_blocks - 1
+    return {"kv_blocks": total, "kv_blocks_in_use": total - pool.get_num_free_blocks()}

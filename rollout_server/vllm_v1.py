@@ -195,12 +195,14 @@ class SegmentMonitorProcessor(LogitsProcessor):
     def counters(self) -> dict[str, int]:
         """What the monitor holds and did.
 
-        `following` is 0 when the engine is idle, `resumed` counts ends of preemptions, `steps` those of the engine.
+        `following` is 0 when the engine is idle: it counts slots in use and open groups. `resumed` counts ends of
+        preemptions, `steps` those of the engine.
         """
         following = sum(not followed.ended for followed in self._followed.values())
         return {
             "following": following + len(self._groups),
             "slots": self._monitor.capacity,
+            "slots_in_use": following,
             "steps": self._step,
             "resumed": self._resumed,
         }

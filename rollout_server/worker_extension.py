@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rollout_server.scheduling import kv_blocks
 from rollout_server.vllm_v1 import SegmentMonitorProcessor
 from rollout_server.weight_transfer import HostWeightTransfer
 
@@ -24,8 +25,8 @@ class WorkerExtension:
         self._e3rl_processor().release(aborted)
 
     def e3rl_counters(self) -> dict[str, int]:
-        """What the monitor holds; see `SegmentMonitorProcessor.counters`."""
-        return self._e3rl_processor().counters()
+        """What the monitor holds, see `SegmentMonitorProcessor.counters`, and requests hold of the KV cache."""
+        return self._e3rl_processor().counters() | kv_blocks()
 
     def e3rl_priors(self) -> dict[str, list[list[float]]]:
         """Statistics of earlier groups, to be kept in a checkpoint."""

@@ -15,6 +15,7 @@ from rollout_server.http.replicas import EngineFacts, ReplicaLost, ReplicaSet
 from rollout_server.http.service import Service
 from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import Tracing
+from rollout_server.http.use import EngineUse
 from tests.http_server import events
 from tests.models import byte_tokenizer
 from tests.trajectories import attempt_of
@@ -72,6 +73,7 @@ class StubReplica:
         self.calls: list[str] = []
         self.tokenizer = byte_tokenizer(1024)
         self.checksum: str | None = None
+        self.use = EngineUse()
 
     async def start(self) -> EngineFacts:
         self.calls.append("start")
@@ -173,8 +175,9 @@ class StubReplica:
             scores.append({token: (-float(place), top + 1), **{other: (-0.5, other + 1) for other in range(top)}})
         return scores
 
-    async def probe(self) -> None:
+    async def probe(self) -> EngineUse:
         self.calls.append("probe")
+        return self.use
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         self.calls.append(f"sync {update.version}")

@@ -35,7 +35,7 @@ class Admission:
         self._queues: OrderedDict[str, dict[_Waiting, None]] = OrderedDict()
         self.waiting = 0
         self.moved = time.monotonic()
-        """When places were last taken or given back, or a request began to wait while none did."""
+        """When places were last taken or given back."""
 
     @property
     def busy(self) -> int:
@@ -60,8 +60,6 @@ class Admission:
                 headers={"Retry-After": "1"},
             )
         entry = _Waiting(client, weight, asyncio.get_running_loop().create_future())
-        if not self.waiting:
-            self.moved = time.monotonic()
         self._queues.setdefault(client, {})[entry] = None
         self.waiting += 1
         try:

@@ -12,6 +12,7 @@ from common.weights import WeightUpdate
 from rollout_server.engine import CannotSample, EngineClosed, ErasableEngine, WeightSyncError
 from rollout_server.http.choice import PromptScores
 from rollout_server.http.replicas import EngineFacts, GenerationAborted, NoWeights, ReplicaLost, RequestRefused
+from rollout_server.http.use import EngineUse
 from rollout_server.rollback import Listener, RecordLost
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -63,11 +64,11 @@ class LocalReplica:
                 raise
             raise GenerationAborted(str(error)) from error
 
-    async def probe(self) -> None:
+    async def probe(self) -> EngineUse:
         engine = self.engine
         try:
             await engine.check_health()
-            await engine.counters()
+            return EngineUse.of(await engine.counters())
         except EngineDeadError as error:
             raise ReplicaLost("the engine died") from error
 

@@ -1,6 +1,6 @@
 """What the server counts, as Prometheus metrics with the prefix `e3rl_`, and vLLM's own beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -50,6 +50,12 @@ class ServerMetrics:
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when metrics are."""
         Gauge(name, text, registry=self.registry).set_function(read)
+
+    def watch_each(self, name: str, text: str, reads: Sequence[Callable[[], float]]) -> None:
+        """As `watch`, of each replica."""
+        gauge = Gauge(name, text, ["replica"], registry=self.registry)
+        for number, read in enumerate(reads):
+            gauge.labels(number).set_function(read)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, registry=self.registry)

@@ -14,6 +14,7 @@ from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.http.replicas import EngineFacts, ReplicaLost
+from rollout_server.http.use import EngineUse
 
 if TYPE_CHECKING:
     from rollout_server.http.choice import PromptScores
@@ -113,8 +114,8 @@ class ReplicaActor:
         """What happened since the last call."""
         return await self._outbox.take(seconds)
 
-    async def probe(self) -> None:
-        await self._replica.probe()
+    async def probe(self) -> EngineUse:
+        return await self._replica.probe()
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         return await self._replica.sync(update, deadline_seconds)
@@ -218,10 +219,11 @@ class RayReplica:
         scores: PromptScores = await self._call(self._actor.score.remote(prompt_token_ids, top, cache_salt))
         return scores
 
-    async def probe(self) -> None:
+    async def probe(self) -> EngineUse:
         if self._polling is None or self._polling.done():
             raise ReplicaLost(f"replica {self._number} is not running")
-        await self._call(self._actor.probe.remote())
+        use: EngineUse = await self._call(self._actor.probe.remote())
+        return use
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         checksum: str = await self._call(self._actor.sync.remote(update, deadline_seconds))

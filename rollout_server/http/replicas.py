@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.http.errors import ApiError, unavailable
+from rollout_server.http.use import EngineUse
 
 if TYPE_CHECKING:
     from rollout_server.http.choice import PromptScores
@@ -69,8 +71,8 @@ class Replica(Protocol):
         """Log-probs and ranks of a prompt's tokens and of the `top` likeliest in their places."""
         ...
 
-    async def probe(self) -> None:
-        """Raises unless the engine answers."""
+    async def probe(self) -> EngineUse:
+        """What the engine is doing; raises unless it answers."""
         ...
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
@@ -94,7 +96,7 @@ class Member:
 
     `version`, `checksum`: what it holds; without a checksum what it was started with, or after a failed sync nothing.
     `gave_up`: it died and is restarted no more. `non_finite_version`: of the last weights here whose logits were not
-    finite.
+    finite. `use`: as it was when the replica was last probed.
     """
 
     number: int
@@ -110,6 +112,7 @@ class Member:
     restarts: int = 0
     gave_up: bool = False
     non_finite_version: int | None = None
+    use: EngineUse = field(default_factory=EngineUse)
 
 
 class Kept(Protocol):
@@ -143,6 +146,9 @@ class ReplicaSet:
         self._newest_tried = 0
         self._restarting: dict[int, asyncio.Task[None]] = {}
         self._changing = asyncio.Lock()
+        self._probing: asyncio.Task[list[str | None]] | None = None
+        self.moved = time.monotonic()
+        """When an engine was last seen to have made a step, or a pause, a sync or a restart ended."""
 
     async def start(self) -> EngineFacts:
         """Start all replicas; the first failure raises."""
@@ -159,6 +165,11 @@ class ReplicaSet:
     def version(self) -> int:
         """The oldest version that is served; if nothing is, the oldest that is held."""
         return min(member.version for member in self.ready or self.members)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing is to be expected of the engines: they are paused, or get weights."""
+        return self.paused is not None or self._changing.locked()
 
     @property
     def ready(self) -> list[Member]:
@@ -225,6 +236,7 @@ class ReplicaSet:
                 async with asyncio.timeout(self._sync_seconds):
                     await member.replica.pause(self.paused)
             member.error = None
+            self.moved = time.monotonic()
 
     async def probe(self, member: Member) -> str | None:
         """Why a replica is not ready; None if it answers."""
@@ -232,13 +244,32 @@ class ReplicaSet:
             return member.error
         try:
             async with asyncio.timeout(self._probe_seconds):
-                await member.replica.probe()
+                use = await member.replica.probe()
         except TimeoutError:
             return f"did not answer within {self._probe_seconds:g} s"
         except ReplicaLost:
             self.lost(member)
             return member.error
+        except Exception as error:
+            log.exception("the probe of replica %d failed", member.number)
+            return f"could not be probed: {type(error).__name__}"
+        if use.steps != member.use.steps:
+            self.moved = time.monotonic()
+        member.use = use
         return None
+
+    async def probe_all(self) -> list[str | None]:
+        """`probe` of each replica. Who asks meanwhile gets the same answer: asking often costs no engine time."""
+        if self._probing is None:
+            self._probing = asyncio.create_task(self._probe_all())
+            self._probing.add_done_callback(self._probed)
+        return await asyncio.shield(self._probing)
+
+    async def _probe_all(self) -> list[str | None]:
+        return list(await asyncio.gather(*(self.probe(member) for member in self.members)))
+
+    def _probed(self, _: "asyncio.Task[list[str | None]]") -> None:
+        self._probing = None
 
     def check_version(self, version: int | None) -> None:
         """Raises `ApiError`: 409 if weights of this version cannot be the next ones."""
@@ -330,13 +361,14 @@ class ReplicaSet:
             self._newest_served = max(self._newest_served, update.version)
             if member.number not in self._restarting:
                 member.error = None
+        self.moved = time.monotonic()
         member.sync_seconds = loop.time() - started
 
     async def watch(self, every_seconds: float) -> None:
         """Probe the replicas until cancelled, so that a dead one is restarted before a request finds it."""
         while True:
             await asyncio.sleep(every_seconds)
-            await asyncio.gather(*(self.probe(member) for member in self.ready))
+            await self.probe_all()
 
     async def reset_prefix_cache(self) -> bool:
         """Whether all replicas forgot their cached prefixes; a restart forgets those of the dead."""
@@ -354,6 +386,7 @@ class ReplicaSet:
         async with self._changing:
             self.paused = None
             await self._on_all(lambda replica: replica.resume())
+            self.moved = time.monotonic()
 
     async def _on_all(self, call: Callable[[Replica], Awaitable[None]]) -> None:
         """Pause or resume the replicas, those without weights too. A restart does it to those that are dead."""
@@ -370,7 +403,7 @@ class ReplicaSet:
 
     async def close(self) -> None:
         """Stop all replicas."""
-        for task in list(self._restarting.values()):
+        for task in (*self._restarting.values(), *((self._probing,) if self._probing else ())):
             task.cancel()
         await asyncio.gather(*(m.replica.close() for m in self.members), return_exceptions=True)
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,11 +17,22 @@ from rollout_server.http.errors import ApiError, bad_request, from_validation
 from rollout_server.http.extras import check_extras
 from rollout_server.http.generation import Generation
 from rollout_server.http.metrics import ServerMetrics
-from rollout_server.http.replicas import EngineFacts, ReplicaSet
+from rollout_server.http.replicas import EngineFacts, Member, ReplicaSet
 from rollout_server.http.schema.erasure import ErasureOptions
 from rollout_server.http.segments import JudgedSegment
 from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import Tracing
+
+ENGINE_USE = {
+    "monitor_slots": "Slots of a replica's segment monitor.",
+    "monitor_slots_in_use": "Slots that monitored responses hold.",
+    "kv_blocks": "KV blocks of a replica.",
+    "kv_blocks_in_use": "KV blocks that requests hold.",
+}
+
+
+def _use(member: Member, name: str) -> float:
+    return float(getattr(member.use, name.removeprefix("monitor_")))
 
 
 class RequestObserver:
@@ -77,9 +89,25 @@ class Service:
         watch("e3rl_requests_active", "Requests that wait or generate.", lambda: len(self.under_way))
         watch("e3rl_requests_waiting", "Requests that wait for a place.", lambda: self.admission.waiting)
         watch("e3rl_responses_active", "Places that generating requests hold.", lambda: self.admission.busy)
+        watch("e3rl_places", "Places that there are, one a response.", lambda: self.admission.capacity)
+        watch("e3rl_places_in_use", "Places that are taken.", lambda: self.admission.busy)
+        watch("e3rl_stalled_seconds", "How long nothing has got on though it should.", lambda: self.stalled_seconds)
         watch("e3rl_replicas_ready", "Replicas that generate.", lambda: len(self.replicas.ready))
         watch("e3rl_replica_restarts", "Restarts of replicas.", lambda: sum(m.restarts for m in members))
         watch("e3rl_policy_version", "Oldest version that a replica holds.", lambda: self.replicas.version)
+
+        for name, text in ENGINE_USE.items():
+            self.metrics.watch_each(f"e3rl_{name}", text, [partial(_use, member, name) for member in members])
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long no place was taken or given back and no engine made a step; 0 where nothing has to.
+
+        Places that nobody gives back count as work too: a server that has lost them gets on no more.
+        """
+        if not (self.admission.busy or self.admission.waiting) or self.replicas.is_held:
+            return 0.0
+        return time.monotonic() - max(self.admission.moved, self.replicas.moved)
 
     @property
     def facts(self) -> EngineFacts:

@@ -1,6 +1,7 @@
 """Routes of the public listener that do not generate: models, readiness, metrics, texts and tokens."""
 
 import asyncio
+from contextlib import suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -8,13 +9,16 @@ from fastapi.responses import JSONResponse
 from rollout_server.http.base_app import VERSION
 from rollout_server.http.body import read_body
 from rollout_server.http.documentation import add_documentation
-from rollout_server.http.errors import unavailable
+from rollout_server.http.errors import ApiError, unavailable
 from rollout_server.http.middleware import header
 from rollout_server.http.openapi import errors, takes
 from rollout_server.http.prompts import aside, chat_prompt, check_in_vocabulary, tokenized
 from rollout_server.http.schema.service import IsPaused, Load, Model, Models, NotReady, Ready, ReplicaProbe, Version
 from rollout_server.http.schema.text import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rollout_server.http.service import Service
+
+FRESH_SECONDS = 1.0
+"""How long metrics wait for what engines say of themselves before they tell what was said before."""
 
 
 def add_service_routes(app: FastAPI, service: Service) -> None:
@@ -50,20 +54,22 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get(
         "/ready",
         response_model=Ready,
-        responses={**errors(), 503: {"model": NotReady, "description": "No replica answers: which and why."}},
-        summary="Whether at least one replica answers",
+        responses={
+            **errors(),
+            503: {"model": NotReady, "description": "Which replicas do not answer and why, or that nothing gets on."},
+        },
+        summary="Whether at least one replica answers, and work gets on",
     )
     async def ready() -> Response:
         members = service.replicas.members
-        reasons = await asyncio.gather(*(service.replicas.probe(member) for member in members))
+        reasons = await service.replicas.probe_all()
         probes = [
             ReplicaProbe(replica=member.number, ready=reason is None, error=reason)
             for member, reason in zip(members, reasons, strict=True)
         ]
-        if any(probe.ready for probe in probes) and not service.draining:
+        error = _not_ready(service, probes)
+        if error is None:
             return JSONResponse(Ready(status="ready", replicas=probes).model_dump())
-        text = "; ".join(f"replica {probe.replica} {probe.error}" for probe in probes if not probe.ready)
-        error = unavailable(f"no replica is ready: {text or 'the server is shutting down'}")
         body = error.body() | {"replicas": [probe.model_dump() for probe in probes]}
         return JSONResponse(body, 503, headers=error.headers)
 
@@ -74,6 +80,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
         summary="Prometheus metrics",
     )
     async def metrics(request: Request) -> Response:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FRESH_SECONDS):
+                await service.replicas.probe_all()
         with_engine = service.settings.engine_metrics
         text, content_type = service.metrics.render(header(request.scope, b"accept"), with_engine)
         return Response(text, headers={"content-type": content_type})
@@ -94,6 +103,21 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/is_paused", responses=errors(), summary="Whether the replicas are paused")
     async def is_paused() -> IsPaused:
         return IsPaused(is_paused=service.replicas.paused is not None)
+
+
+def _not_ready(service: Service, probes: list[ReplicaProbe]) -> ApiError | None:
+    if service.draining:
+        return unavailable("no replica is ready: the server is shutting down")
+    if not any(probe.ready for probe in probes):
+        reasons = "; ".join(f"replica {probe.replica} {probe.error}" for probe in probes)
+        return unavailable(f"no replica is ready: {reasons}")
+    if service.stalled_seconds > service.settings.stall_seconds:
+        admission = service.admission
+        return unavailable(
+            f"nothing has got on for {service.stalled_seconds:.0f} s, though {admission.busy} of {admission.capacity} "
+            f"places are taken and {admission.waiting} requests wait"
+        )
+    return None
 
 
 def _add_texts(app: FastAPI, service: Service) -> None:

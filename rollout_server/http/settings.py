@@ -126,6 +126,12 @@ class ServerSettings(BaseSettings):
         le=86_400.0,
     )
     probe_seconds: float = _limits(5.0, "Deadline for a replica to answer a probe.", gt=0.0, le=600.0)
+    stall_seconds: float = _limits(
+        60.0,
+        "/ready is 503 if places are taken or requests wait, and nothing has got on for so long.",
+        gt=0.0,
+        le=86_400.0,
+    )
     shutdown_seconds: float = _limits(
         30.0, "What requests under way have after SIGTERM before they are cancelled.", ge=0.0, le=3600.0
     )

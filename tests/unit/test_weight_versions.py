@@ -15,6 +15,7 @@ from common.weights import WeightUpdate
 from rollout_server.http import replicas as replicas_module
 from rollout_server.http.errors import ApiError
 from rollout_server.http.replicas import EngineFacts, ReplicaLost, ReplicaSet
+from rollout_server.http.use import EngineUse
 
 FIRST_VERSION = 3
 REPLICAS = 3
@@ -56,9 +57,10 @@ class FakeReplica:
     async def generate(self, request: ResponseRequest, listener: Any) -> Trajectory:
         raise NotImplementedError
 
-    async def probe(self) -> None:
+    async def probe(self) -> EngineUse:
         if not self.alive:
             raise ReplicaLost("dead")
+        return EngineUse()
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         await asyncio.sleep(0)
