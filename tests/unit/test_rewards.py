@@ -101,7 +101,7 @@ def test_a_reference_that_is_no_mathematics_costs_the_response_its_reward_and_no
     good, bad = score(MathReward(), given)
     assert (good.value, good.failure) == (1.0, None)
     assert (bad.value, bad.failure) == (0.0, "unusable_answer")
-    assert "prompt 'bad', sample 0: math-verify finds no expression in the reference answer" in caplog.text
+    assert "prompt 'bad', sample 0: there is no answer in the reference" in caplog.text
 
 
 def test_a_users_function_gets_what_its_parameters_name():
