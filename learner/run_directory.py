@@ -34,6 +34,9 @@ CHANGEABLE_ON_RESUME = (
     "learner.threads_per_rank",
     "reward.timeout_seconds",
     "reward.workers",
+    "reward.start_seconds",
+    "reward.on_error",
+    "reward.max_error_share",
     "rollout.engine",
 )
 """Settings, and parts of the configuration, that may differ from the stored ones when a run is resumed: how long it

@@ -7,17 +7,16 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from common.config import RunConfig, variant
-from common.config.data import ChainReward, MathReward
 from common.interfaces import ROLLOUTS, Rollouts
 from learner.cluster import ray_cluster
-from learner.data import PromptStream, Row, read_rows, rows_digest, tokenise, with_columns
+from learner.data import PromptStream, check_template_options, read_rows, rows_digest, tokenise
 from learner.display import Display
 from learner.driver import Driver, Parts, Problems, is_finished
 from learner.driver_state import DriverState, RunRecord, newest_state
@@ -29,11 +28,10 @@ from learner.model_directory import ensure_model, load_tokenizer, with_absolute_
 from learner.plots import draw_plots
 from learner.quiet import LOG_NAME, quiet_output
 from learner.report import build_report, comparison_table, final_table, write_report
-from learner.rewards import Rewards, make_rewards
-from learner.rewards.chain_steps import check_prompts
-from learner.rewards.math_answers import check_answers
+from learner.rewards import Rewards, make_rewards, row_check
+from learner.rows import Row, with_columns
 from learner.run_directory import RunDirectory, check_resumable, check_unused, directory_of, holds_run, write_text
-from learner.tasks import Split
+from learner.tasks import SPLITS, Split
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +54,7 @@ class _Prepared:
 
     rows: dict[Split, list[Row]]
     rewards: Rewards
+    notes: list[str]
 
     @property
     def digest(self) -> str:
@@ -127,23 +126,15 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 @contextmanager
 def _prepared(config: RunConfig) -> Iterator[_Prepared]:
     """Read the data and load the reward function, which need neither model nor Ray; stop the function afterwards."""
-    rows: dict[Split, list[Row]] = {"train": read_rows(config, "train"), "test": read_rows(config, "test")}
-    _check_answers(config, rows.values())
+    check, notes = row_check(config.reward), list[str]()
+    rows = {split: read_rows(config, split, check, notes.append) for split in SPLITS}
     rewards = make_rewards(config.reward, {name for split in rows.values() for row in split for name in row.columns})
     try:
         read = asyncio.run(rewards.start())
         rows = {split: with_columns(of_split, read) for split, of_split in rows.items()}
-        yield _Prepared(rows, rewards)
+        yield _Prepared(rows, rewards, notes)
     finally:
         asyncio.run(rewards.close())
-
-
-def _check_answers(config: RunConfig, splits: Iterable[list[Row]]) -> None:
-    rows = [row for split in splits for row in split]
-    if isinstance(config.reward, ChainReward):
-        check_prompts(rows)
-    elif isinstance(config.reward, MathReward):
-        check_answers(rows)
 
 
 def _run_in(directory: RunDirectory, config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
@@ -212,8 +203,13 @@ def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Probl
     tokenizer = load_tokenizer(config)
     if config.rollout.stop and not tokenizer.is_fast:
         raise InputError(f"rollout.stop: the tokenizer of {config.model.path} has no tokenizer.json, which it needs")
+    check_template_options(tokenizer, config.data)
+    notes = list(prepared.notes)
+    sets = {split: tokenise(rows, tokenizer, config, split, notes.append) for split, rows in prepared.rows.items()}
+    for text in notes:
+        log.warning(text)
+        display.message(text)
     limit = config.rollout.max_prompt_tokens
-    sets = {split: tokenise(rows, tokenizer, limit, split) for split, rows in prepared.rows.items()}
     for split, prompts in sets.items():
         if prompts.dropped:
             text = (

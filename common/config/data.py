@@ -1,6 +1,6 @@
 """Where prompts come from and how responses are rewarded."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,27 +17,50 @@ class ChainData(StrictModel):
 
 
 class ColumnMapping(StrictModel):
-    """Which columns of a data set hold what. `id` null: the row's number."""
+    """Which columns of a data set hold what; dots lead into columns that hold objects: `reward_model.ground_truth`.
+
+    `id` null: the row's number.
+    """
 
     prompt: str = "question"
     answer: str = "answer"
     id: str | None = None
 
 
+_TEMPLATE_ARGUMENTS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` that are no variables of a template, or that change what a prompt is."""
+
+
 class _Rows(StrictModel):
     """What data sets of rows have in common.
 
     `system_prompt`: a message of its own before a prompt that is text; a prompt that is a list of messages has its own.
+    `chat_template_kwargs`: what the chat template gets besides the messages, such as `enable_thinking`, in training and
+    in evaluation. `on_bad_row`: a row that can't be used ends the run before it begins, or is left out and counted.
     """
 
     columns: ColumnMapping = ColumnMapping()
     chat: bool = Field(default=True, description="Apply the tokenizer's chat template to the prompt.")
     system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    on_bad_row: Literal["fail", "skip"] = "fail"
 
     @model_validator(mode="after")
     def _system_prompt_has_a_template(self) -> Self:
         if self.system_prompt is not None and not self.chat:
             raise ValueError("system_prompt needs chat: true; without the chat template it would be left out")
+        return self
+
+    @model_validator(mode="after")
+    def _template_has_its_own_options(self) -> Self:
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError("chat_template_kwargs need chat: true; without the chat template they would be left out")
+        if taken := _TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys():
+            raise ValueError(f"chat_template_kwargs can't set {', '.join(sorted(taken))}: training needs its own")
         return self
 
 

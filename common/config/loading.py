@@ -145,6 +145,8 @@ def build_config(settings: dict[str, Any]) -> RunConfig:
     preset = settings.get("preset", "e3rl")
     under = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
     merged = merge(under, settings)
+    if problems := list(_broken_text(merged)):
+        raise ConfigError("\n".join(problems))
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -152,6 +154,18 @@ def build_config(settings: dict[str, Any]) -> RunConfig:
     if problems := list(_taken_for_numbers(merged, config)):
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _broken_text(given: Any, place: str = "") -> Iterator[str]:
+    """Complaints about halves of surrogate pairs (`\\ud800`), which YAML lets through and no file takes."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            yield from _broken_text(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(given, list):
+        for number, value in enumerate(given):
+            yield from _broken_text(value, f"{place}.{number}")
+    elif isinstance(given, str) and any("\ud800" <= character <= "\udfff" for character in given):
+        yield f"{place}: half of a surrogate pair is no character (found {given!a:.80})"
 
 
 def _taken_for_numbers(given: Any, read: Any, place: str = "") -> Iterator[str]:

@@ -8,12 +8,30 @@ from functools import partial
 
 from common.config.data import ChainReward, MathReward, Reward
 from learner.rewards.base import RewardError, RewardItem, Rewards, Score, Tally
-from learner.rewards.chain_steps import ChainRewards
-from learner.rewards.math_answers import load_math
+from learner.rewards.chain_steps import ChainRewards, check_prompt
+from learner.rewards.math_answers import check_answer, load_math
 from learner.rewards.user_function import load_function
 from learner.rewards.worker_rewards import WorkerRewards
+from learner.rows import Check, accept
 
-__all__ = ["ChainRewards", "RewardError", "RewardItem", "Rewards", "Score", "Tally", "WorkerRewards", "make_rewards"]
+__all__ = [
+    "ChainRewards",
+    "RewardError",
+    "RewardItem",
+    "Rewards",
+    "Score",
+    "Tally",
+    "WorkerRewards",
+    "make_rewards",
+    "row_check",
+]
+
+
+def row_check(reward: Reward) -> Check:
+    """What finds rows that the reward can't work with, before a run begins."""
+    if isinstance(reward, ChainReward):
+        return check_prompt
+    return check_answer if isinstance(reward, MathReward) else accept
 
 
 def make_rewards(reward: Reward, columns: Collection[str] = ()) -> Rewards:

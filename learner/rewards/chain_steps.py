@@ -1,10 +1,8 @@
 """The chain task's reward: 1 if every written step is right. A fraction of a millisecond, so no process for it."""
 
-from collections.abc import Iterable
-
-from learner.data import Row
-from learner.errors import InputError
+from learner.records import BadRowError
 from learner.rewards.base import RewardError, RewardItem, Score, Tally
+from learner.rows import Row
 from learner.tasks import chain
 
 
@@ -18,7 +16,7 @@ class ChainRewards:
         try:
             problem = chain.parse_prompt(item.prompt)
         except ValueError as error:
-            # `check_prompts` refuses such a data set at the start.
+            # `check_prompt` refuses such a data set at the start.
             raise RewardError(f"prompt {item.prompt_id!r}: {error}") from error
         return Score(float(chain.check(problem, item.response).correct))
 
@@ -29,12 +27,11 @@ class ChainRewards:
         pass
 
 
-def check_prompts(rows: Iterable[Row]) -> None:
-    """Raise InputError for a problem that is no chain: its responses could not be rewarded."""
-    for row in rows:
-        try:
-            chain.parse_prompt(row.text)
-        except ValueError as error:
-            raise InputError(
-                f"reward.kind 'chain' can't check prompt {row.id!r}: {error}. Choose 'math' or 'function'"
-            ) from error
+def check_prompt(row: Row) -> None:
+    """Raise BadRowError for a problem that is no chain: its responses could not be rewarded."""
+    try:
+        chain.parse_prompt(row.text)
+    except ValueError as error:
+        raise BadRowError(
+            "reward.kind 'chain' can't check it: not a chain prompt. 'math' and 'function' can check others"
+        ) from error

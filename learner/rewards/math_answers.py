@@ -3,18 +3,19 @@
 import logging
 import re
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from learner.data import Row
 from learner.errors import InputError
+from learner.records import BadRowError
 from learner.rewards.base import RewardItem, UnusableAnswerError
 from learner.rewards.descriptions import described, shown
 from learner.rewards.final_answer import final_answers, reference_answer
 from learner.rewards.math_notation import latex, words
 from learner.rewards.math_numbers import equal_numbers, is_too_large, places, with_imaginary_unit
 from learner.rewards.worker_process import Loaded
+from learner.rows import Row
 
 LONGEST_ANSWER = 1000
 DEEPEST_ANSWER = 20
@@ -28,14 +29,10 @@ _BASED = re.compile(r"([0-9A-Za-z]{1,100})_\{?(\d{1,2})\}?")
 _SPACED_DIGITS = re.compile(r"(?<![_\d])\d+\s+\d")
 
 
-def check_answers(rows: Iterable[Row]) -> None:
-    """Raise InputError for reference answers that hold nothing. What else can't be read shows when it is drawn."""
-    empty = [row.id for row in rows if not _MARKUP.sub("", row.answer)]
-    if empty:
-        raise InputError(
-            f"reward.kind 'math' needs an answer to every prompt: {len(empty)} have none, "
-            f"{', '.join(map(repr, empty[:3]))}{', ...' if len(empty) > 3 else ''}"
-        )
+def check_answer(row: Row) -> None:
+    """Raise BadRowError for a reference answer that holds nothing. What else can't be read shows when it is drawn."""
+    if not _MARKUP.sub("", row.answer):
+        raise BadRowError("reward.kind 'math' needs an answer, and it is empty")
 
 
 def load_math() -> Loaded:

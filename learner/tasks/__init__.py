@@ -5,6 +5,6 @@ to check a response, as text; it knows nothing of tokenizers, models or rollouts
 anything in `learner`, and imports only the standard library.
 """
 
-from learner.tasks.chain import ChainCheck, ChainProblem, Split, check, generate, parse_prompt
+from learner.tasks.chain import SPLITS, ChainCheck, ChainProblem, Split, check, generate, parse_prompt
 
-__all__ = ["ChainCheck", "ChainProblem", "Split", "check", "generate", "parse_prompt"]
+__all__ = ["SPLITS", "ChainCheck", "ChainProblem", "Split", "check", "generate", "parse_prompt"]

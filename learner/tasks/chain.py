@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 STEP_NAMES = string.ascii_lowercase
 DEFAULT_LENGTH = 24

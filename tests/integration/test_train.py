@@ -273,7 +273,7 @@ def missing_reward(place: Path) -> list[str]:
         (damaged_model, "is damaged"),
         (empty_model, "is no Hugging Face model directory: no config.json; it holds nothing"),
         (short_model, "model.max_length (4096) exceeds the 128 positions"),
-        (bad_rows, "line 2: not valid JSON"),
+        (bad_rows, "it is not valid JSON (Expecting"),
         (long_prompts, "none of the 12 train prompts fits into rollout.max_prompt_tokens (4)"),
         (missing_reward, "has no 'missing'"),
     ],

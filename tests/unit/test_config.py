@@ -315,3 +315,11 @@ def test_gradients_in_float32_are_not_summed_in_less():
         run_config(learner={"grad_accum_dtype": "bfloat16"})
     run_config(model={"dtype": "bfloat16"}, learner={"grad_accum_dtype": "bfloat16"})
     assert run_config().learner.grad_accum_dtype == "float32"
+
+
+def test_half_of_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    data = '{source: file, train_path: a.jsonl, test_path: b.jsonl, system_prompt: "a\\ud800"}'
+    path.write_text(f"name: x\nsteps: 1\ndata: {data}\n")
+    with pytest.raises(ConfigError, match=r"^data\.system_prompt: half of a surrogate pair"):
+        load_config(path)

@@ -55,7 +55,8 @@ class Run:
         state = newest_state(self.directory)
         self.directory.truncate(state.step if self.directory.checkpoint_steps() else -1)
         sets = {
-            split: tokenise(read_rows(settings, split), TOKENIZER, 80, split).prompts for split in ("train", "test")
+            split: tokenise(read_rows(settings, split), TOKENIZER, settings, split).prompts
+            for split in ("train", "test")
         }
         stream = PromptStream(sets["train"], settings.seed, settings.rollout.groups_per_step)
         self.record = RunRecord(self.directory, state.step + 1)
@@ -408,7 +409,7 @@ def test_responses_that_do_not_come_are_counted_when_the_deadline_is_over(tmp_pa
     settings = config(tmp_path)
     engine = settings.rollout.engine.model_copy(update={"response_seconds": 0.05})
     settings = settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"engine": engine})})
-    prompt = tokenise(read_rows(settings, "train"), TOKENIZER, 80, "train").prompts[0]
+    prompt = tokenise(read_rows(settings, "train"), TOKENIZER, settings, "train").prompts[0]
     requests = [training_requests(settings, 1, prompt, share_applies=True)]
 
     class Slow(FakeRollouts):

@@ -33,7 +33,9 @@ def test_prompts_that_the_chain_reward_can_not_check_are_refused_before_anything
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "a+5:1", "answer": ""}\n{"question": "What is 1 + 1?", "answer": "2"}\n')
     data = {"source": "file", "train_path": str(rows), "test_path": str(rows)}
-    with pytest.raises(InputError, match=r"reward\.kind 'chain' can't check prompt 'train-1': not a chain prompt"):
+    with pytest.raises(
+        InputError, match=r"1 of 2 rows .*reward\.kind 'chain' can't check it: not a chain prompt.* \(line 2\)"
+    ):
         train(config(tmp_path, data=data), resume=False)
     assert not (tmp_path / "runs").exists()
 
@@ -43,7 +45,7 @@ def test_prompts_without_an_answer_are_refused_where_the_reward_compares_answers
     answers = ["2", r"$\boxed{}$", "", " ", r"\frac{1}{2}"]
     rows.write_text("".join(json.dumps({"question": "?", "answer": answer}) + "\n" for answer in answers))
     data = {"source": "file", "train_path": str(rows), "test_path": str(rows)}
-    with pytest.raises(InputError, match=r"6 have none, 'train-1', 'train-2', 'train-3', \.\.\.$"):
+    with pytest.raises(InputError, match=r"3 of 5 rows .*needs an answer, and it is empty \(line 2, line 3, line 4\)"):
         train(config(tmp_path, data=data, reward={"kind": "math"}), resume=False)
     assert not (tmp_path / "runs").exists()
 
