@@ -5,10 +5,12 @@ import sys
 
 from rollout_server.http.command_line import UsageError, read_settings
 from rollout_server.http.model_files import check_model_argument
+from rollout_server.http.phases import Phases
 
 
 def main() -> int:
     """Exit code 2: the server cannot start as it was asked to. Heavy imports come after the arguments are checked."""
+    phases = Phases()
     try:
         settings = read_settings()
         check_model_argument(settings.model)
@@ -20,11 +22,12 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    phases.begin("loading libraries")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rollout_server.http.serve import run
 
-    return run(settings)
+    return run(settings, phases)
 
 
 if __name__ == "__main__":

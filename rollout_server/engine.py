@@ -24,6 +24,7 @@ from common.config.run import EngineConfig, ModelConfig
 from common.sentinels import model_sentinels
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
+from rollout_server.cores import threads_per_engine
 from rollout_server.plain_requests import PlainRequests
 from rollout_server.records import Inbox, NonFiniteRecord, Record
 from rollout_server.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
@@ -419,6 +420,7 @@ def prepare_environment(engine: EngineConfig) -> None:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(1)),
             # oneDNN keeps what it compiles for each batch size, 0.1 MiB and more a piece; by default 1,024 of them.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
         }

@@ -15,6 +15,7 @@ from common.out_of_memory import engine_advice, ran_out_of_memory
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import ReplicaSync, SyncReport, WeightUpdate
 from rollout_server.actor import RolloutActor
+from rollout_server.cores import chosen_threads, threads_per_engine
 
 CLOSE_SECONDS = 15.0
 STATE_SECONDS = 60.0
@@ -205,5 +206,5 @@ def _cause(error: Exception, engine: EngineConfig) -> str:
 
 
 def _actor_environment(engine: EngineConfig) -> dict[str, str]:
-    threads = engine.threads or os.cpu_count() or 1
+    threads = engine.threads or chosen_threads() or threads_per_engine(engine.replicas)
     return {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}

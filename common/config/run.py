@@ -43,7 +43,9 @@ class EngineConfig(StrictModel):
 
     replicas: int = Field(default=1, ge=1, le=1024)
     max_concurrent_responses: int = Field(default=64, ge=1, le=8192)
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of a replica; null: all cores.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of a replica; null: OMP_NUM_THREADS, else the cores, shared."
+    )
     kv_cache_gib: int = Field(default=1, ge=1)
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
     block_size: int = Field(default=32, ge=8, description="Tokens in a KV block; a multiple of 32 on CPU.")

@@ -22,7 +22,7 @@ from rollout_server.http.replicas import GenerationAborted, NoWeights, RequestRe
 from rollout_server.http.service import Service
 
 log = logging.getLogger("e3rl.http")
-LAST_WORDS_SECONDS = 5.0
+LAST_WORDS_SECONDS = 2.0
 """How long an error may take to reach a client that reads slowly."""
 
 

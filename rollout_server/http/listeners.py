@@ -84,6 +84,12 @@ class Listener(uvicorn.Server):
         """Serve until `should_exit` is set and connections are done."""
         await self.serve(sockets=[self._sock])
 
+    def abort(self) -> None:
+        """End the connections that are left, whatever is still to be sent."""
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayError
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
+from rollout_server.cores import threads_per_engine
 from rollout_server.http.replicas import EngineFacts, ReplicaLost
 from rollout_server.http.use import EngineUse
 
@@ -24,7 +25,7 @@ log = logging.getLogger("e3rl.replicas")
 POLL_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 """A poll that brings not even an empty answer for so long has lost its actor."""
-CLOSE_SECONDS = 15.0
+CLOSE_SECONDS = 6.0
 
 Event = tuple[int, str, Any]
 """Key of the response, what happened, and its arguments."""
@@ -158,14 +159,18 @@ class RayReplica:
     async def start(self) -> EngineFacts:
         await self.close()
         on_gpu = bool(ray.cluster_resources().get("GPU"))
-        variables = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "VLLM_LOGGING_LEVEL", "TOKENIZERS_PARALLELISM")
+        variables = ("HF_HUB_OFFLINE", "VLLM_LOGGING_LEVEL", "TOKENIZERS_PARALLELISM")
+        environment = {name: os.environ[name] for name in variables if name in os.environ}
+        if not on_gpu:
+            # Ray's own default is a thread for each CPU that an actor asks for.
+            environment["OMP_NUM_THREADS"] = str(self._engine.threads or threads_per_engine(self._engine.replicas))
         self._actor = ReplicaActor.options(  # type: ignore[attr-defined]
             num_cpus=0 if on_gpu else 1,
             num_gpus=1 if on_gpu else 0,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=10_000,
-            runtime_env={"env_vars": {name: os.environ[name] for name in variables if name in os.environ}},
+            runtime_env={"env_vars": environment},
         ).remote(*self._arguments)
         facts: EngineFacts = await self._call(self._actor.start.remote())
         self._polling = asyncio.create_task(self._poll())
@@ -260,15 +265,3 @@ class RayReplica:
             if isinstance(cause, Exception):
                 raise cause from error
             raise
-
-
-def connect(address: str | None) -> None:
-    """Connect to a Ray cluster: the given one, that of `RAY_ADDRESS`, or a new one on this machine."""
-    if ray.is_initialized():
-        return
-    given = address or os.environ.get("RAY_ADDRESS")
-    if given:
-        ray.init(address=given, log_to_driver=False)
-        return
-    cpus = max(os.cpu_count() or 1, 64)
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import signal
 import sys
-import time
 from typing import Any, cast
 
 import ray
@@ -17,13 +16,16 @@ from rollout_server.http.app import public_app
 from rollout_server.http.command_line import UsageError
 from rollout_server.http.listeners import Listener, address, bind, bind_admin, url
 from rollout_server.http.logs import configure
-from rollout_server.http.ray_replica import connect
+from rollout_server.http.phases import Phases
+from rollout_server.http.ray_cluster import NoCluster, connect
 from rollout_server.http.serve import (
-    LAST_WORDS_SECONDS,
     STOP_SIGNALS,
     WATCH_SECONDS,
     banner,
+    end_listeners,
+    engine_threads,
     kept_signal_handlers,
+    request_seconds,
     start_service,
 )
 from rollout_server.http.settings import ServerSettings
@@ -58,16 +60,16 @@ class Endpoint:
     """One process of the endpoint, which holds the replicas and the admin listener. Its log is among Ray's."""
 
     async def __init__(self, settings: ServerSettings) -> None:  # type: ignore[misc]
-        started = time.monotonic()
+        phases = Phases()
         configure(settings.log_format, settings.log_level)
         admin = bind_admin(settings)
         self._settings = settings
-        self._service, self._loader = await start_service(settings)
+        self._service, self._loader = await start_service(settings, phases)
         self._admin = Listener(admin_app(self._service, self._loader), admin, settings)
         self._serving = asyncio.create_task(self._admin.run_until_stopped())
         self._watching = asyncio.create_task(self._service.replicas.watch(WATCH_SECONDS))
         self._addresses = url(settings.host, settings.port), address(admin)
-        self._seconds = time.monotonic() - started
+        self._seconds = phases.seconds
         _Entrance.app = public_app(self._service)
 
     async def banner(self) -> str:
@@ -76,12 +78,12 @@ class Endpoint:
 
     async def stop(self) -> None:
         """Refuse new requests, finish or cancel those under way. Serve alone would cut them off."""
-        await self._service.stop(self._settings.shutdown_seconds)
+        await self._service.stop(request_seconds(self._settings))
 
     async def __del__(self) -> None:
         self._admin.should_exit = True
         await self.stop()
-        await asyncio.gather(self._serving, return_exceptions=True)
+        await end_listeners([self._admin], [self._serving])
         self._watching.cancel()
         await self._service.replicas.close()
         self._loader.close()
@@ -89,21 +91,24 @@ class Endpoint:
             self._service.tracing.close()
 
 
-def run_on_serve(settings: ServerSettings) -> int:
+def run_on_serve(settings: ServerSettings, phases: Phases) -> int:
     """Deploy, print when ready, and wait for SIGTERM or SIGINT; returns the process's exit code."""
     try:
         public, admin = bind(settings)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    settings = settings.model_copy(update={"port": public.getsockname()[1]})
+    known = {"port": public.getsockname()[1], "threads": engine_threads(settings)}
+    settings = settings.model_copy(update=known)
     public.close()
     admin.close()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     try:
+        phases.begin("connecting to Ray")
         with kept_signal_handlers():
             connect(settings.ray_address)
+        phases.begin("starting the deployment, whose log is among Ray's")
         handle = _deploy(settings)
         print(handle.banner.remote().result(timeout_s=60.0), flush=True)
         while True:
@@ -113,11 +118,16 @@ def run_on_serve(settings: ServerSettings) -> int:
             signal.signal(number, signal.SIG_IGN)
         _stop(settings)
         return 0
+    except NoCluster as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         print(f"error: the deployment did not start: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     finally:
-        serve.shutdown()
+        # Serve would start a cluster to shut down.
+        if ray.is_initialized():
+            serve.shutdown()
 
 
 def _deploy(settings: ServerSettings) -> Any:
@@ -125,12 +135,14 @@ def _deploy(settings: ServerSettings) -> Any:
     serve.start(
         http_options={"host": settings.host, "port": settings.port, "request_timeout_s": settings.request_seconds + 30}
     )
-    resources: dict[str, Any] = {"num_cpus": 1}
+    # Ray's own default is a thread for each CPU that an actor asks for.
+    threads = {"OMP_NUM_THREADS": str(settings.threads)}
+    resources: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": threads}}
     if settings.replicas == 1 and ray.cluster_resources().get("GPU"):
         # The engine is in this process, and Ray hides the GPUs that a process has not asked for.
         resources["num_gpus"] = 1
     options: dict[str, Any] = {
-        "graceful_shutdown_timeout_s": settings.shutdown_seconds + LAST_WORDS_SECONDS,
+        "graceful_shutdown_timeout_s": settings.shutdown_seconds,
         "graceful_shutdown_wait_loop_s": POLL_SECONDS,
         "ray_actor_options": resources,
     }
@@ -145,7 +157,7 @@ def _stop(settings: ServerSettings) -> None:
     if application is None or application.status != "RUNNING":
         return
     try:
-        seconds = settings.shutdown_seconds + LAST_WORDS_SECONDS
+        seconds = settings.shutdown_seconds
         serve.get_app_handle(DEPLOYMENT).stop.remote().result(timeout_s=seconds)
     except (RayError, TimeoutError):
         log.warning("requests under way could not be ended in good order", exc_info=True)

@@ -6,21 +6,24 @@ import logging
 import os
 import signal
 import sys
-import time
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import torch
 
 from common.config.run import EngineConfig, ModelConfig
 from common.sentinels import NoSentinelsError, model_sentinels
+from rollout_server.cores import available_cores, chosen_threads, threads_per_engine
 from rollout_server.http.admin import WeightLoader, admin_app
 from rollout_server.http.app import public_app
 from rollout_server.http.command_line import UsageError
 from rollout_server.http.listeners import Listener, address, bind
 from rollout_server.http.logs import configure
 from rollout_server.http.model_files import read_model
+from rollout_server.http.phases import Phases
 from rollout_server.http.replicas import Replica, ReplicaSet
 from rollout_server.http.service import Service
 from rollout_server.http.settings import ServerSettings
@@ -29,8 +32,17 @@ from rollout_server.http.tracing import otlp_tracing
 log = logging.getLogger("e3rl.server")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WATCH_SECONDS = 5.0
-LAST_WORDS_SECONDS = 6.0
-"""What connections have, after their requests were cancelled, to send the error."""
+END_SECONDS = 8.0
+"""What is kept of `shutdown_seconds` for what comes after the requests: last words, connections, replicas."""
+CONNECTION_SECONDS = 2.0
+"""What connections have to take the last of their answers."""
+LEAST_SECONDS = 10.0
+"""A server that has not ended so long after SIGTERM, or after `shutdown_seconds` if that is more, is killed."""
+
+
+def request_seconds(settings: ServerSettings) -> float:
+    """What requests under way have after SIGTERM before they are cancelled."""
+    return max(settings.shutdown_seconds - END_SECONDS, settings.shutdown_seconds / 2)
 
 
 class StartError(Exception):
@@ -60,9 +72,22 @@ def configs(settings: ServerSettings, model: dict[str, Any]) -> tuple[ModelConfi
             enforce_eager=settings.enforce_eager,
             start_seconds=settings.start_seconds,
             response_seconds=settings.request_seconds,
+            threads=engine_threads(settings),
             log_stats=settings.engine_metrics,
         ),
     )
+
+
+def engine_threads(settings: ServerSettings) -> int:
+    """CPU threads of a replica: what the user says, else a replica's share of the cores."""
+    return settings.threads or chosen_threads() or threads_per_engine(settings.replicas)
+
+
+def _warn_of_threads(settings: ServerSettings, threads: int) -> None:
+    cores = available_cores()
+    if threads * settings.replicas > cores:
+        text = "%d replicas with %d threads each on %d cores: threads that wait for others make it many times slower"
+        log.warning(text, settings.replicas, threads, cores)
 
 
 @contextmanager
@@ -76,26 +101,32 @@ def kept_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def make_replicas(settings: ServerSettings, model: ModelConfig, engine: EngineConfig) -> list[Replica]:
-    """One replica in this process, or several as Ray actors."""
+def make_replicas(settings: ServerSettings, model: ModelConfig, engine: EngineConfig, phases: Phases) -> list[Replica]:
+    """One replica in this process, or several as Ray actors. Raises StartError if there is no Ray."""
     if settings.replicas == 1:
         from rollout_server.http.local_replica import LocalReplica
 
         return [LocalReplica(model, engine, settings.policy_version)]
-    from rollout_server.http.ray_replica import RayReplica, connect
+    from rollout_server.http.ray_cluster import NoCluster, connect
+    from rollout_server.http.ray_replica import RayReplica
 
+    phases.begin("connecting to Ray")
     with kept_signal_handlers():
-        connect(settings.ray_address)
+        try:
+            connect(settings.ray_address)
+        except NoCluster as error:
+            raise StartError(str(error)) from error
     return [RayReplica(number, model, engine, settings.policy_version) for number in range(settings.replicas)]
 
 
-async def start_service(settings: ServerSettings) -> tuple[Service, WeightLoader]:
+async def start_service(settings: ServerSettings, phases: Phases) -> tuple[Service, WeightLoader]:
     """Start the replicas and what stands in front of them.
 
     Raises:
         UsageError: the model cannot be found or read, or has no token ids for sentinels.
         StartError: a replica did not start.
     """
+    phases.begin(f"reading the configuration and the tokenizer of {settings.name}")
     model, tokenizer = await asyncio.to_thread(read_model, settings)
     model_config, engine_config = configs(settings, model)
     try:
@@ -103,13 +134,16 @@ async def start_service(settings: ServerSettings) -> tuple[Service, WeightLoader
     except NoSentinelsError as error:
         raise UsageError(str(error)) from error
     replicas = ReplicaSet(
-        make_replicas(settings, model_config, engine_config),
+        make_replicas(settings, model_config, engine_config, phases),
         start_seconds=settings.start_seconds,
         sync_seconds=settings.sync_seconds,
         probe_seconds=settings.probe_seconds,
     )
     tracing = otlp_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
     service = Service(settings, replicas, tokenizer, tracing)
+    many = "the engine" if settings.replicas == 1 else f"{settings.replicas} replicas"
+    _warn_of_threads(settings, engine_config.threads or 1)
+    phases.begin(f"starting {many}: weights in {model_config.dtype}, KV cache, {engine_config.threads} threads each")
     try:
         await replicas.start()
     except Exception as error:
@@ -120,22 +154,31 @@ async def start_service(settings: ServerSettings) -> tuple[Service, WeightLoader
     return service, loader
 
 
-async def serve(settings: ServerSettings) -> None:
+async def serve(settings: ServerSettings, phases: Phases) -> None:
     """Serve until SIGTERM or SIGINT."""
     stop = asyncio.Event()
+    stop_seconds = LEAST_SECONDS
+
+    def stop_now() -> None:
+        if not stop.is_set():
+            _kill_after(stop_seconds)
+        stop.set()
+
     for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, stop_now)
     public, admin = bind(settings)
-    started = time.monotonic()
-    starting = asyncio.create_task(start_service(settings))
+    starting = asyncio.create_task(start_service(settings, phases))
+    reminding = asyncio.create_task(phases.remind())
     stopping = asyncio.create_task(_wait(stop))
     waiting: set[asyncio.Task[Any]] = {starting, stopping}
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    reminding.cancel()
     if not starting.done():
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         return
     service, loader = await starting
+    stop_seconds = max(settings.shutdown_seconds, LEAST_SECONDS)
     listeners = [Listener(public_app(service), public, settings), Listener(admin_app(service, loader), admin, settings)]
     running = [asyncio.create_task(listener.run_until_stopped()) for listener in listeners]
     watching = asyncio.create_task(service.replicas.watch(WATCH_SECONDS))
@@ -148,14 +191,14 @@ async def serve(settings: ServerSettings) -> None:
         # What exists by now stays: the garbage collector need not look at it again while requests are served.
         gc.collect()
         gc.freeze()
-        print(banner(settings, service, address(public), address(admin), time.monotonic() - started), flush=True)
+        print(banner(settings, service, address(public), address(admin), phases.seconds), flush=True)
         await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping: %d requests are under way", len(service.under_way))
     finally:
         for listener in listeners:
             listener.should_exit = True
-        await service.stop(settings.shutdown_seconds)
-        await asyncio.gather(*running, return_exceptions=True)
+        await service.stop(request_seconds(settings))
+        await end_listeners(listeners, running)
         watching.cancel()
         stopping.cancel()
         ready.cancel()
@@ -163,6 +206,31 @@ async def serve(settings: ServerSettings) -> None:
         loader.close()
         if service.tracing is not None:
             service.tracing.close()
+
+
+async def end_listeners(listeners: list[Listener], running: list[asyncio.Task[None]]) -> None:
+    """Wait for connections to take the last of their answers, then end them."""
+    _, left = await asyncio.wait(running, timeout=CONNECTION_SECONDS)
+    for listener in listeners:
+        listener.abort()
+    if left:
+        await asyncio.wait(left, timeout=CONNECTION_SECONDS)
+    await asyncio.gather(*(task for task in running if task.done()), return_exceptions=True)
+
+
+def _kill_after(seconds: float) -> None:
+    """End this process and those that it started, unless it has ended by itself in time."""
+
+    def kill() -> None:
+        log.error("the server did not end within %g s: it and its engines are killed", seconds)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
 
 
 async def _wait(event: asyncio.Event) -> None:
@@ -190,6 +258,7 @@ def banner(settings: ServerSettings, service: Service, public: str, admin: str, 
         ("model", settings.name),
         ("policy version", str(service.facts.version)),
         ("replicas", f"{settings.replicas} x {settings.max_concurrent_responses} responses at a time"),
+        ("threads", f"{engine_threads(settings)} a replica, on {available_cores()} cores"),
         ("longest sequence", f"{service.facts.max_length} tokens"),
         ("sentinels", ", ".join(named_token(service.tokenizer, token) for token in service.facts.sentinel_ids)),
         ("erasure", policy),
@@ -198,18 +267,18 @@ def banner(settings: ServerSettings, service: Service, public: str, admin: str, 
     return "\n".join(f"{name:<17} {value}" for name, value in rows)
 
 
-def run(settings: ServerSettings) -> int:
+def run(settings: ServerSettings, phases: Phases) -> int:
     """Run the server; returns the process's exit code."""
     configure(settings.log_format, settings.log_level)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if settings.serve:
         from rollout_server.http.ray_serve import run_on_serve
 
-        return run_on_serve(settings)
+        return run_on_serve(settings, phases)
     import uvloop
 
     try:
-        uvloop.run(serve(settings))
+        uvloop.run(serve(settings, phases))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """What the routes share: the replicas, the tokenizer, admission, metrics, and how requests become responses."""
 
 import asyncio
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,9 @@ from rollout_server.http.segments import JudgedSegment
 from rollout_server.http.settings import ServerSettings
 from rollout_server.http.tracing import Tracing
 
+log = logging.getLogger("e3rl.server")
+LAST_WORDS_SECONDS = 3.0
+"""What requests that are cancelled have to end in."""
 ENGINE_USE = {
     "monitor_slots": "Slots of a replica's segment monitor.",
     "monitor_slots_in_use": "Slots that monitored responses hold.",
@@ -198,11 +202,17 @@ class Service:
                 metrics.reused_prefix_tokens.inc(choice.reused_prefix_tokens)
 
     async def stop(self, seconds: float) -> None:
-        """Refuse new requests, let those under way finish, and cancel those that have not within `seconds`."""
+        """Refuse new requests, let those under way finish, and cancel those that have not within `seconds`.
+
+        After that they have `LAST_WORDS_SECONDS` to say so.
+        """
         self.draining = True
         if self.under_way:
             await asyncio.wait(set(self.under_way), timeout=seconds)
         self.stopping = True
         for task in set(self.under_way):
             task.cancel()
-        await asyncio.gather(*self.under_way, return_exceptions=True)
+        if self.under_way:
+            _, left = await asyncio.wait(set(self.under_way), timeout=LAST_WORDS_SECONDS)
+            if left:
+                log.error("%d requests did not end %g s after they were cancelled", len(left), LAST_WORDS_SECONDS)

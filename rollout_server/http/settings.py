@@ -1,6 +1,7 @@
 """Settings of the server: flags over `E3RL_` environment variables over a YAML file over these defaults."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -103,6 +104,13 @@ class ServerSettings(BaseSettings):
     serve: bool = _replicas(False, "Run as a Ray Serve deployment on the connected cluster.")
     ray_address: str | None = _replicas(None, "Ray cluster to connect to (default: RAY_ADDRESS, else a local one).")
     max_concurrent_responses: int = _replicas(64, "Responses that one replica generates at a time.", ge=1, le=8192)
+    threads: int | None = _replicas(
+        None,
+        "CPU threads of a replica (default: OMP_NUM_THREADS, else the cores that this process may use, shared by the "
+        "replicas).",
+        ge=1,
+        le=1024,
+    )
     kv_cache_gib: int = _replicas(1, "KV cache of a replica on CPU.", ge=1, le=4096)
     num_gpu_blocks_override: int | None = _replicas(
         None, "KV blocks of a replica, in place of what its memory would hold (vLLM's setting).", ge=2, le=1_000_000_000
@@ -133,7 +141,10 @@ class ServerSettings(BaseSettings):
         le=86_400.0,
     )
     shutdown_seconds: float = _limits(
-        30.0, "What requests under way have after SIGTERM before they are cancelled.", ge=0.0, le=3600.0
+        30.0,
+        "What the server has to end in after SIGTERM. Requests under way have all of it but 8 s, at least half.",
+        ge=0.0,
+        le=3600.0,
     )
 
     engine_metrics: bool = _observability(True, "Serve vLLM's own metrics too (of a replica in this process).")
@@ -173,6 +184,13 @@ class ServerSettings(BaseSettings):
     def _ray_is_used(self) -> "ServerSettings":
         if self.ray_address is not None and self.replicas == 1 and not self.serve:
             raise ValueError("--ray-address is for --serve or several --replicas: a single replica runs without Ray")
+        return self
+
+    @model_validator(mode="after")
+    def _threads_are_clear(self) -> "ServerSettings":
+        given = os.environ.get("OMP_NUM_THREADS")
+        if self.threads is not None and given is not None and given != str(self.threads):
+            raise ValueError(f"--threads is {self.threads}, but OMP_NUM_THREADS is {given}: give one of them")
         return self
 
     @model_validator(mode="after")
