@@ -131,6 +131,11 @@ class Trajectory(StrictModel):
         ]
 
     @property
+    def oldest_version(self) -> int:
+        """The weight version that the first of the committed tokens was sampled by, which is the oldest."""
+        return min(span.version for attempt in self.accepted for span in attempt.versions)
+
+    @property
     def generated_tokens(self) -> int:
         """Committed and erased tokens."""
         return sum(attempt.end - attempt.start for attempt in self.attempts)

@@ -13,12 +13,18 @@ REPEATED_TOKENS = 8
 """Length of the sequences that are looked for again: longer than what right reasoning repeats by itself."""
 
 
-def rollout_metrics(groups: Sequence[Group], first_treated: int, counts: StepCounts | None) -> dict[str, float | None]:
+def rollout_metrics(
+    groups: Sequence[Group], first_treated: Sequence[int], counts: StepCounts | None
+) -> dict[str, float | None]:
     """Rewards, tokens, erasures and thresholds of a step; a mean over nothing is None.
 
-    Responses of each group from sample `first_treated` on were treated. `counts`: null where steps can't be checked.
+    Responses of a group from its sample `first_treated` on were treated. `counts`: null where steps can't be checked.
     """
     responses = [trajectory for group in groups for trajectory in group.trajectories]
+    pairs = zip(groups, first_treated, strict=True)
+    is_treated = [trajectory.sample >= first for group, first in pairs for trajectory in group.trajectories]
+    treated = [trajectory for trajectory, so in zip(responses, is_treated, strict=True) if so]
+    plain = [trajectory for trajectory, so in zip(responses, is_treated, strict=True) if not so]
     judged = [judgement for a in _attempts(responses) if (judgement := a.judgement)]
     return {
         names.GENERATED_TOKENS: sum(t.generated_tokens for t in responses),
@@ -31,10 +37,10 @@ def rollout_metrics(groups: Sequence[Group], first_treated: int, counts: StepCou
         names.TRUNCATED_SHARE: fmean(t.finish_reason == "length" for t in responses),
         names.REPEATED_SHARE: fmean(repeated_share(t.token_ids) for t in responses),
         names.ENTROPY: _mean([-value for a in _attempts(responses) for value in a.behaviour_logprobs]),
-        names.TREATED_SHARE: fmean(t.sample >= first_treated for t in responses),
+        names.TREATED_SHARE: fmean(is_treated),
         names.REWARD_MEAN: _mean(_rewards(responses)),
-        names.REWARD_PLAIN: _mean(_rewards([t for t in responses if t.sample < first_treated])),
-        names.REWARD_TREATED: _mean(_rewards([t for t in responses if t.sample >= first_treated])),
+        names.REWARD_PLAIN: _mean(_rewards(plain)),
+        names.REWARD_TREATED: _mean(_rewards(treated)),
         names.RESPONSE_TOKENS: fmean(len(t.token_ids) for t in responses),
         names.UNCERTAINTY_MEAN: _mean([j.uncertainty for j in judged]),
         names.THRESHOLD_MEAN: _mean([j.threshold for j in judged if j.threshold is not None]),

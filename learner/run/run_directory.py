@@ -49,8 +49,9 @@ _CHANGEABLE = tuple(f"{setting}." for setting in CHANGEABLE_ON_RESUME)
 class RunDirectory:
     """One run's files. Made by `create` or `resume`, which lock it; `close` gives it back.
 
-    `config.yaml`, `metrics.jsonl`, `evaluations.jsonl`, `report.json`, TensorBoard events in `tensorboard/`,
-    `trajectories/step_N.parquet`, `checkpoints/step_N/`, `plots/*.png`, `log/`, and `policy/`, the final model.
+    `config.yaml`, `metrics.jsonl`, `evaluations.jsonl`, `ledger.jsonl`, `report.json`, TensorBoard events in
+    `tensorboard/`, `trajectories/step_N.parquet`, `checkpoints/step_N/`, `plots/*.png`, `log/`, and `policy/`, the
+    final model.
     """
 
     def __init__(self, path: Path, lock: FileLock) -> None:
@@ -64,6 +65,7 @@ class RunDirectory:
         self.policy = path / "policy"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.ledger = path / "ledger.jsonl"
         self.report = path / "report.json"
 
     @classmethod
@@ -160,7 +162,7 @@ class RunDirectory:
 
     def truncate(self, step: int) -> None:
         """Forget everything after `step` steps: it is about to be done again."""
-        for path in filter(Path.exists, (self.metrics, self.evaluations)):
+        for path in filter(Path.exists, (self.metrics, self.evaluations, self.ledger)):
             kept = [line for line in read_jsonl(path) if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         for path in self.trajectories.glob("step_*.parquet"):

@@ -7,7 +7,7 @@ import pytest
 from common import metrics as names
 from common.trajectory import Group, Prompt, Trajectory
 from learner.environments.rewards import Reading, RewardError, RewardItem, Score, Tally
-from learner.loop.scoring import Scored, Scoring
+from learner.loop.scoring import Scored, Scoring, reward_metrics
 from learner.run.errors import PartError
 from tests.fake_parts import TOKENIZER
 from tests.trajectories import attempt_of, trajectory
@@ -56,7 +56,7 @@ def responses(count: int) -> list[Trajectory]:
 def test_a_response_is_scored_while_others_are_still_generated():
     async def run() -> list[RewardItem]:
         rewards = GatedRewards()
-        async with Scoring(rewards, [PROMPT], 2, TOKENIZER, 1) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(2), TOKENIZER, 1) as scoring:
             scoring.add(responses(2)[0])
             await asyncio.sleep(0)
             return rewards.items
@@ -72,7 +72,7 @@ def test_every_response_gets_its_own_reward_whatever_the_order_and_what_is_0_is_
         rewards = GatedRewards()
         rewards.gate.set()
         given = responses(5)
-        async with Scoring(rewards, [PROMPT], 5, TOKENIZER, 1) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(5), TOKENIZER, 1) as scoring:
             for response in reversed(given):
                 scoring.add(response)
             return await scoring.finish([Group(prompt=PROMPT, trajectories=given)])
@@ -81,7 +81,11 @@ def test_every_response_gets_its_own_reward_whatever_the_order_and_what_is_0_is_
     (group,) = scored.groups
     assert [t.text for t in group.trajectories] == [f"text {n}" for n in range(5)]
     assert [t.reward for t in group.trajectories] == [0.5, 0.0, 0.0, 0.0, 4.5]
-    assert scored.metrics == {names.REWARD_TIMEOUTS: 1, names.REWARD_ERRORS: 1, names.REWARD_UNUSABLE_ANSWERS: 1}
+    assert reward_metrics(scored.tally) == {
+        names.REWARD_TIMEOUTS: 1,
+        names.REWARD_ERRORS: 1,
+        names.REWARD_UNUSABLE_ANSWERS: 1,
+    }
     assert "1 rewards failed" in str(scored)
     # The row travels no further than to the reward.
     assert group.prompt.columns == {}
@@ -90,7 +94,7 @@ def test_every_response_gets_its_own_reward_whatever_the_order_and_what_is_0_is_
 def test_the_reward_sees_the_text_before_the_stop_string():
     async def run() -> list[RewardItem]:
         rewards = GatedRewards()
-        async with Scoring(rewards, [PROMPT], 1, TOKENIZER, 1, ("xt",)) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(1), TOKENIZER, 1, ("xt",)) as scoring:
             scoring.add(responses(1)[0])
             await asyncio.sleep(0)
             return rewards.items
@@ -104,7 +108,7 @@ def test_too_many_failures_end_the_step_before_everything_is_generated():
     async def run() -> None:
         rewards = GatedRewards(failing=True)
         rewards.gate.set()
-        async with Scoring(rewards, [PROMPT], 5, TOKENIZER, 7) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(5), TOKENIZER, 7) as scoring:
             scoring.add(responses(5)[2])
             await asyncio.sleep(0.01)
             scoring.add(responses(5)[3])
@@ -115,7 +119,7 @@ def test_too_many_failures_end_the_step_before_everything_is_generated():
 
 def test_leaving_cancels_what_is_still_scored():
     async def run(rewards: GatedRewards) -> None:
-        async with Scoring(rewards, [PROMPT], 5, TOKENIZER, 1) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(5), TOKENIZER, 1) as scoring:
             for response in responses(3):
                 scoring.add(response)
             await asyncio.sleep(0)
