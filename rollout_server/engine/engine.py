@@ -25,8 +25,10 @@ from common.sentinels import model_sentinels
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.engine.cores import threads_per_engine
+from rollout_server.engine.errors import CannotSample, EngineClosed, GenerationAborted, PromptTooLong, WeightSyncError
+from rollout_server.engine.listener import Listener, PromptScores
 from rollout_server.engine.plain_requests import PlainRequests
-from rollout_server.engine.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
+from rollout_server.engine.rollback import ResubmitRollback, Rollback, top_logprobs
 from rollout_server.engine.sampling import plain_params, score_params
 from rollout_server.engine.scheduling import SCHEDULER
 from rollout_server.engine.worker_extension import WORKER_EXTENSION
@@ -44,9 +46,6 @@ RELEASE_AFTER = 32
 """Aborted submissions that are released together, and at the latest when the engine is asked to settle."""
 
 
-PromptScores = list[dict[int, tuple[float, int]] | None]
-
-
 Priors = dict[str, list[list[float]]]
 """Statistics of earlier groups, by kind of response: mean and second moment of U at each segment index."""
 
@@ -57,22 +56,6 @@ ABANDON_SECONDS = 10.0
 
 SHUTDOWN_SECONDS = 5.0
 """What vLLM's process has to end by itself before it is killed."""
-
-
-class WeightSyncError(RuntimeError):
-    """Weights did not arrive as they were sent, or not in time. The engine serves nothing until a sync succeeds."""
-
-
-class EngineClosed(RuntimeError):
-    """The engine was closed before it admitted a request."""
-
-
-class CannotSample(ValueError):
-    """vLLM does not sample with these parameters; the message says why."""
-
-
-class PromptTooLong(ValueError):
-    """Prompt and response together do not fit into the model's length."""
 
 
 class ErasableEngine:
@@ -168,7 +151,7 @@ class ErasableEngine:
             outputs = _checked(self._plain.outputs(uid, prompt, score_params(top, uid)))
             scores = [output.prompt_logprobs async for output in outputs]
         if not scores or scores[-1] is None:
-            raise RuntimeError("vLLM aborted the scoring of a prompt")
+            raise GenerationAborted("vLLM aborted the scoring of a prompt")
         known = [
             None if place is None else {token: (entry.logprob, entry.rank or 0) for token, entry in place.items()}
             for place in scores[-1]
@@ -368,7 +351,7 @@ class ErasableEngine:
             if listener is not None and tokens:
                 listener.sampled(tokens, top_logprobs(output, len(tokens)))
         if output is None or output.outputs[0].finish_reason == "abort":
-            raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
+            raise GenerationAborted(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
         spans = output.outputs[0].weight_versions or []
         attempt = Attempt(
             segment=0,
