@@ -181,6 +181,8 @@ class RunDirectory:
         shutil.rmtree(gone)
 
     def _prepare(self, config: RunConfig) -> None:
+        # First: a directory with anything else but no configuration could be neither resumed nor begun.
+        write_text(self.path / CONFIG, dump_yaml(config))
         with writing(self.path):
             for directory in (self.log, self.tensorboard, self.trajectories, self.checkpoints, self.plots):
                 directory.mkdir(exist_ok=True)
@@ -191,7 +193,6 @@ class RunDirectory:
                         old.rename(path)
                 for partial in place.glob(f"*{PARTIAL}"):
                     shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        write_text(self.path / CONFIG, dump_yaml(config))
 
 
 def directory_of(config: RunConfig) -> Path:
@@ -214,6 +215,12 @@ def check_unused(config: RunConfig) -> None:
 def holds_run(path: Path) -> bool:
     """Whether a directory holds more than the configuration that a dry run leaves."""
     return path.is_dir() and any(entry.name not in (CONFIG, LOCK) for entry in path.iterdir())
+
+
+def can_continue(config: RunConfig) -> bool:
+    """Whether the run's directory holds a run, however little of it, that can be resumed."""
+    path = directory_of(config)
+    return (path / CONFIG).is_file() and holds_run(path)
 
 
 def write_dry_run(config: RunConfig) -> Path | None:
