@@ -13,7 +13,7 @@ from torch import Tensor
 from common.config.run import AdvantageConfig, Overlong
 from common.packed import Fetch, Group, TokenArrays
 from common.seeds import derive_seed
-from learner.objectives.clipped import MinibatchTotals
+from learner.objectives import MinibatchTotals
 from learner.policy.samples import NO_OVERLONG, TrainingSample, response_samples
 
 PADDING_TARGET = 0.08

@@ -22,7 +22,7 @@ from common.config.run import (
 )
 from common.packed import Group
 from common.trajectory import Attempt, Trajectory, VersionSpan
-from learner.objectives.clipped import (
+from learner.objectives import (
     MinibatchTotals,
     ObjectiveInputs,
     ObjectiveStatistics,
