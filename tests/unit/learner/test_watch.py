@@ -18,7 +18,8 @@ from learner.evaluation.evaluate import evaluate_groups
 from learner.loop.driver_state import newest_state
 from learner.loop.step_metrics import rollout_metrics
 from learner.loop.watch import REPEAT_STEPS, Watch
-from learner.policy.batching import rank_batches, response_samples, split_minibatches, token_counts
+from learner.policy.batching import rank_batches, split_minibatches, token_counts
+from learner.policy.samples import response_samples
 from learner.run.run_directory import read_jsonl
 from tests.configs import run_config
 from tests.trajectories import attempt_of, random_groups, trajectory, unpacked, with_rewards
