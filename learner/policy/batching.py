@@ -15,7 +15,7 @@ from common.seeds import derive_seed
 from common.trajectory import Group, Trajectory
 from learner.credit.advantages import group_advantages, token_advantages
 from learner.environments.overlong import is_masked
-from learner.objectives.clipped import MinibatchTotals
+from learner.objectives import MinibatchTotals
 
 PADDING_TARGET = 0.08
 """Padding share up to which fewer micro-batches are preferred to less padding."""

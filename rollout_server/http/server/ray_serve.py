@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from rollout_server.http.routes.admin import admin_app
 from rollout_server.http.routes.public import public_app
 from rollout_server.http.server.command_line import UsageError
-from rollout_server.http.server.listeners import Listener, address, bind, bind_admin, url
+from rollout_server.http.server.listeners import BoundServer, address, bind, bind_admin, url
 from rollout_server.http.server.logs import configure
 from rollout_server.http.server.phases import Phases
 from rollout_server.http.server.serve import (
@@ -65,7 +65,7 @@ class Endpoint:
         admin = bind_admin(settings)
         self._settings = settings
         self._service, self._loader = await start_service(settings, phases)
-        self._admin = Listener(admin_app(self._service, self._loader), admin, settings)
+        self._admin = BoundServer(admin_app(self._service, self._loader), admin, settings)
         self._serving = asyncio.create_task(self._admin.run_until_stopped())
         self._watching = asyncio.create_task(self._service.replicas.watch(WATCH_SECONDS))
         self._addresses = url(settings.host, settings.port), address(admin)

@@ -21,7 +21,7 @@ from common.config.run import (
     UniformCredit,
 )
 from common.trajectory import Attempt, Group, Trajectory, VersionSpan
-from learner.objectives.clipped import (
+from learner.objectives import (
     MinibatchTotals,
     ObjectiveInputs,
     ObjectiveStatistics,
