@@ -1,8 +1,7 @@
 """Names of the metrics in `metrics.jsonl` and TensorBoard. Other tools read them: they are an interface.
 
-`metrics.jsonl` has one object a training step, with each of these names; `learner/kl` only where a KL is
-computed, the names with `importance_` only with `learner.importance_sampling`.
-A mean over nothing is null. Rates and shares are from 0 to 1, log-probs and U in nats, times in seconds.
+`metrics.jsonl` has one object a training step, with each of these names; those in `OPTIONAL` only where a setting asks
+for them. A mean over nothing is null. Rates and shares are from 0 to 1, log-probs and U in nats, times in seconds.
 """
 
 STEP = "step"
@@ -99,6 +98,9 @@ CHECKPOINT_WAIT_SECONDS = "time/checkpoint_wait_seconds"
 
 ALL = frozenset(value for name, value in list(globals().items()) if name.isupper())
 """Every name of `metrics.jsonl`."""
+
+OPTIONAL = frozenset({KL, IMPORTANCE_WEIGHT_MEAN, IMPORTANCE_OUTLIER_SHARE, IMPORTANCE_EFFECTIVE_SHARE})
+"""`learner/kl`: with `kl_coefficient` above 0. The others: with `learner.importance_sampling`."""
 
 
 def evaluation_name(mode: str, figure: str) -> str:
