@@ -22,6 +22,7 @@ from learner.evaluation import MODES, Mode, evaluate_groups, evaluation_requests
 from learner.generation import generate_groups
 from learner.group import LearnerGroup
 from learner.interrupt import StopRequest
+from learner.planning.memory import CHECKPOINT_COPIES
 from learner.problems import Problems
 from learner.rewards import Rewards
 from learner.run_directory import RunDirectory, replacing, require_space
@@ -35,8 +36,6 @@ from learner.watch import Watch
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
-CHECKPOINT_COPIES = {"float32": 4, "bfloat16": 7}
-"""A checkpoint in copies of the weights: themselves, and in float32 their master copy and AdamW's two moments."""
 
 
 @dataclass(frozen=True, slots=True)
