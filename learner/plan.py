@@ -11,13 +11,13 @@ from rich.console import Console
 
 from common.config import ConfigError, RunConfig, build_config
 from common.config.loading import changed, merge, read_assignments, read_yaml
-from learner.errors import InputError
 from learner.planning.assumptions import read_assumptions
 from learner.planning.capacity import make_plan
 from learner.planning.hardware import PRESETS, read_hardware
 from learner.planning.setup import Setup
 from learner.planning.shape import read_shape
 from learner.planning.table import as_json, print_plan
+from learner.run.errors import InputError
 
 OK, BAD_INPUT = 0, 2
 

@@ -55,9 +55,8 @@ class Plan:
     @property
     def sides(self) -> dict[str, float]:
         """Seconds of what works at the same time in an asynchronous loop."""
-        pause = self.assumptions.sync_pause_share * self.sync.seconds
         return {
-            "rollout": max(self.generation.seconds + pause, self.reward),
+            "rollout": max(self.generation.seconds + self._pause, self.reward),
             "learner": self.training.seconds + self.sync.seconds + self.checkpoint_due,
             "driver": self.driver,
         }
@@ -99,20 +98,28 @@ class Plan:
         candidates = self.busy
         if not self.setup.is_synchronous:
             longest = max(self.sides, key=lambda side: self.sides[side])
-            candidates = {name: seconds for name, seconds in candidates.items() if self._side(name) == longest}
+            candidates = {name: seconds for name, seconds in candidates.items() if _side(name) == longest}
+            if longest == "rollout":
+                candidates["weight sync"] = self._pause
         name = max(candidates, key=lambda name: candidates[name])
         gains = made.decode > KV_GAIN * made.with_more_memory
         return "replicas: KV memory" if name.startswith("replicas") and gains else name
 
-    def _side(self, resource: str) -> str:
-        if resource in ("weight sync", "checkpoint") or resource.startswith("learner"):
-            return "learner"
-        return "driver" if resource == "driver" else "rollout"
+    @property
+    def _pause(self) -> float:
+        """Seconds of a sync for which an asynchronous loop's replicas generate nothing."""
+        return self.assumptions.sync_pause_share * self.sync.seconds
 
     @property
     def tokens_per_second(self) -> float:
         """Generated tokens, erased ones included, over the whole step."""
         return self.work.generated_tokens / self.step_seconds
+
+
+def _side(resource: str) -> str:
+    if resource in ("weight sync", "checkpoint") or resource.startswith("learner"):
+        return "learner"
+    return "driver" if resource == "driver" else "rollout"
 
 
 def make_plan(setup: Setup, assumptions: Assumptions) -> Plan:
@@ -123,7 +130,7 @@ def make_plan(setup: Setup, assumptions: Assumptions) -> Plan:
     workspace = 0.0
     if setup.on_gpu:
         workspace = engine_workspace(
-            config, shape, tensor_parallel=setup.tensor_parallel, gib=assumptions.gpu_overhead_gib
+            config, shape, tensor_parallel=setup.tensor_parallel, base=assumptions.gpu_overhead_gib
         )
     work = step_work(config, assumptions)
     replica = replica_memory(config, shape, memory, tensor_parallel=setup.tensor_parallel, workspace=workspace)
@@ -145,15 +152,12 @@ def make_plan(setup: Setup, assumptions: Assumptions) -> Plan:
 
 
 def _reward(setup: Setup, assumptions: Assumptions, work: Work) -> float:
-    reward = setup.config.reward
+    reward, each = setup.config.reward, assumptions.reward_seconds
     if isinstance(reward, ChainReward):
         # In the driver's own process.
-        return work.responses * (
-            CHAIN_REWARD_SECONDS if assumptions.reward_seconds is None else assumptions.reward_seconds
-        )
+        return work.responses * (CHAIN_REWARD_SECONDS if each is None else each)
     workers = reward.workers or min(setup.hardware.cores, MOST_REWARD_WORKERS)
-    each = REWARD_SECONDS if assumptions.reward_seconds is None else assumptions.reward_seconds
-    return work.responses * each / workers
+    return work.responses * (REWARD_SECONDS if each is None else each) / workers
 
 
 def _too_small(setup: Setup, assumptions: Assumptions, learner: LearnerMemory, replica: ReplicaMemory) -> list[str]:
@@ -161,8 +165,8 @@ def _too_small(setup: Setup, assumptions: Assumptions, learner: LearnerMemory, r
     found = []
     if replica.responses < 1:
         found.append(
-            f"a replica holds not one response of full length: {longest_response(config):,} tokens, and its KV cache of "
-            f"{gib(replica.cache)} holds {replica.tokens:,}"
+            f"a replica holds not one response of full length: {longest_response(config):,} tokens, and its KV cache "
+            f"of {gib(replica.cache)} holds {replica.tokens:,}"
         )
     if not setup.on_gpu:
         return found

@@ -1,4 +1,4 @@
-"""Seconds of generation: engine steps, each bound by the memory's bandwidth or by operations, whichever takes longer."""
+"""Seconds of generation: engine steps, each bound by the memory's bandwidth or by operations."""
 
 from dataclasses import dataclass
 

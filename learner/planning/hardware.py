@@ -105,10 +105,11 @@ def read_hardware(items: Sequence[str]) -> Hardware:
         near = difflib.get_close_matches(first.lower(), PRESETS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"--hardware {first}: no such file, and no preset: there are {', '.join(PRESETS)}{hint} Others are given as "
-            "changes (--hardware h100 gpu_memory_gib=94) or as a file; --measure FILE writes one of this machine"
+            f"--hardware {first}: no such file, and no preset: there are {', '.join(PRESETS)}{hint}. Others are given "
+            "as changes (--hardware h100 gpu_memory_gib=94) or as a file; --measure FILE writes one of this machine"
         )
-    return validated(Hardware, values, changes, f"--hardware {first}")
+    result: Hardware = validated(Hardware, values, changes, f"--hardware {first}")
+    return result
 
 
 def validated(kind: Any, values: dict[str, Any], changes: Sequence[str], where: str) -> Any:

@@ -1,7 +1,7 @@
 """Memory by part: of a learner rank and of a replica. Every figure is in bytes.
 
-Training state is what DeepSpeed 0.19.8 holds, counted in its engine (`tests/integration`); its buffers have the sizes of
-its defaults, which the learner does not change.
+Training state is what DeepSpeed 0.19.8 holds, counted in its engine (`tests/integration`); its buffers have the sizes
+of its defaults, which the learner does not change.
 """
 
 import math
@@ -199,13 +199,13 @@ def replica_memory(
 
 
 def engine_workspace(
-    config: RunConfig, shape: ModelShape, *, tensor_parallel: int = 1, gib: float = ENGINE_GIB
+    config: RunConfig, shape: ModelShape, *, tensor_parallel: int = 1, base: float = ENGINE_GIB
 ) -> float:
     """What an engine takes of a GPU beside weights and cache: a prefill's MLP and the arrays over the vocabulary."""
     layer = 3 * shape.intermediate / tensor_parallel + 4 * shape.hidden
     prefill = PREFILL_TOKENS * layer * BYTES[config.model.dtype]
     logits = config.rollout.engine.max_concurrent_responses * shape.vocabulary * 4 * LOGIT_COPIES
-    return gib * GIB + prefill + logits
+    return base * GIB + prefill + logits
 
 
 def longest_response(config: RunConfig) -> int:

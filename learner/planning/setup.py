@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.config import RunConfig
-from learner.errors import InputError
 from learner.planning.hardware import Hardware
 from learner.planning.memory import Offload
 from learner.planning.shape import ModelShape
+from learner.run.errors import InputError
 
 Transport = Literal["host", "disk", "gloo", "nccl", "ipc"]
 InFlight = Literal["keep", "recompute", "wait", "abort"]
@@ -106,7 +106,7 @@ def problems(setup: Setup) -> list[str]:
     if setup.transport in ("host", "ipc") and setup.nodes > 1:
         found.append(
             f"transport {setup.transport} reaches one node, and {setup.devices} GPUs = {setup.replicas} replica(s) x "
-            f"{setup.tensor_parallel} + {setup.ranks} rank(s) take {setup.nodes} of {hardware.gpus_per_node}: use nccl, "
-            "gloo or disk"
+            f"{setup.tensor_parallel} + {setup.ranks} rank(s) take {setup.nodes} of {hardware.gpus_per_node}: use "
+            "nccl, gloo or disk"
         )
     return found

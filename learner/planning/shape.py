@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.run import ModelConfig
-from learner.errors import InputError
+from learner.run.errors import InputError
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

@@ -94,8 +94,9 @@ def training_operations(config: RunConfig, shape: ModelShape, work: Work) -> flo
     body = 2.0 * (shape.multiplied - shape.head_parameters) + attention_operations(shape, work.sequence_tokens / 2)
     head = 2.0 * shape.head_parameters
     reference = 1 if learner.objective.kl_coefficient > 0.0 else 0
-    again = 1 if learner.gradient_checkpointing else 0
-    return work.trained_tokens * body * (3 + again + reference) + work.predicted_tokens * head * (3 + reference)
+    # A layer is computed again up to what its last product needs.
+    again = body - 2.0 * shape.layers * shape.hidden * shape.intermediate if learner.gradient_checkpointing else 0.0
+    return work.trained_tokens * (body * (3 + reference) + again) + work.predicted_tokens * head * (3 + reference)
 
 
 def microbatches(config: RunConfig, work: Work) -> int:

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from common.config.run import ModelConfig
-from learner.errors import InputError
 from learner.planning.memory import (
     BYTES,
     GIB,
@@ -23,6 +22,7 @@ from learner.planning.memory import (
     replica_memory,
 )
 from learner.planning.shape import ModelShape, read_shape, shape_of
+from learner.run.errors import InputError
 from tests.configs import run_config
 from tests.models import tiny_llama, tiny_qwen3
 
@@ -108,7 +108,7 @@ def test_activations_are_what_autograd_keeps(family: Any, dtype: str, sizes: tup
     hidden, intermediate, heads, kv_heads, head_dim = sizes
     found = {}
     for layers, checkpointing in itertools.product((1, 3), (False, True)):
-        settings = family(
+        sizes_of = family(
             hidden_size=hidden,
             intermediate_size=intermediate,
             num_attention_heads=heads,
@@ -117,8 +117,8 @@ def test_activations_are_what_autograd_keeps(family: Any, dtype: str, sizes: tup
             num_hidden_layers=layers,
             vocab_size=320,
         )
-        found[layers, checkpointing] = saved_bytes(settings, getattr(torch, dtype), checkpointing)
-    shape, size = shape_of(settings, "made here"), BYTES[dtype]
+        found[layers, checkpointing] = saved_bytes(sizes_of, getattr(torch, dtype), checkpointing)
+    shape, size = shape_of(sizes_of, "made here"), BYTES[dtype]
     layer = layer_activation_bytes(shape, size)
     # The difference leaves out what does not grow with the layers, such as the last norm.
     assert found[3, False] - found[1, False] == pytest.approx(2 * layer, rel=0.03)
@@ -166,6 +166,7 @@ def test_a_kl_to_the_start_policy_holds_it_whole(eight_billion: ModelShape):
     assert learner_memory(config, eight_billion).parts()["reference policy"] == 2 * eight_billion.parameters
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     memory=st.floats(1.0, 400.0),
     more=st.floats(0.0, 400.0),

@@ -1,20 +1,19 @@
 """Tokens and seconds of a step, against torch's own count of operations, arithmetic by hand, and each other."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from common.config import RunConfig, load_config
 from common.config.run import ModelConfig
-from learner.batching import TrainingSample, collate, plan_microbatches
-from learner.errors import InputError
 from learner.planning.assumptions import Assumptions
 from learner.planning.capacity import Plan, make_plan
 from learner.planning.generation import engine_step
@@ -22,7 +21,9 @@ from learner.planning.hardware import PRESETS
 from learner.planning.setup import Setup
 from learner.planning.shape import ModelShape, read_shape, shape_of
 from learner.planning.work import attention_operations, microbatches, step_work, training_operations
-from learner.policy import response_logprobs
+from learner.policy.batching import TrainingSample, collate, plan_microbatches
+from learner.policy.model import response_logprobs
+from learner.run.errors import InputError
 from tests.configs import run_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,6 +36,7 @@ def shape() -> ModelShape:
     return read_shape(ModelConfig(path="nowhere", max_length=16), CONFIGS / "qwen3_8b.json")
 
 
+@lru_cache
 def eight_billion(*changes: str) -> RunConfig:
     return load_config(CONFIGS / "qwen3_8b_deepmath.yaml", changes)
 
@@ -74,7 +76,7 @@ def test_erased_attempts_that_count_are_sequences_of_their_own():
 
 @pytest.mark.parametrize(("checkpointing", "kl"), [(False, 0.0), (True, 0.0), (False, 0.1)])
 def test_operations_are_those_that_torch_counts(checkpointing: bool, kl: float):
-    settings = Qwen3Config(
+    small = Qwen3Config(
         hidden_size=256,
         intermediate_size=768,
         num_attention_heads=4,
@@ -83,7 +85,7 @@ def test_operations_are_those_that_torch_counts(checkpointing: bool, kl: float):
         num_hidden_layers=3,
         vocab_size=2048,
     )
-    policy: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).train()
+    policy: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32).train()
     if checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     values = np.zeros(16)
@@ -98,7 +100,7 @@ def test_operations_are_those_that_torch_counts(checkpointing: bool, kl: float):
         learner={"gradient_checkpointing": checkpointing, "objective": {"kind": "clipped", "kl_coefficient": kl}},
     )
     work = step_work(config, Assumptions(padding_share=0.0))
-    planned = training_operations(config, shape_of(settings, "made here"), work)
+    planned = training_operations(config, shape_of(small, "made here"), work)
     assert counter.get_total_flops() == pytest.approx(planned, rel=0.03)
 
 
@@ -179,6 +181,7 @@ def test_what_is_made_scarce_saturates_first(shape: ModelShape, changes: Any, fi
 FIGURES = [name for name, field in type(H100).model_fields.items() if field.annotation is float and "second" in name]
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     figure=st.sampled_from([name for name in FIGURES if not name.endswith(("step_seconds", "batch_seconds"))]),
     factor=st.floats(1.0, 100.0),
@@ -202,6 +205,7 @@ def test_faster_hardware_never_makes_a_step_longer_and_no_resource_is_busy_for_l
         assert found.first.startswith("replicas") or found.first in found.busy
 
 
+@settings(deadline=None, max_examples=60)
 @given(memory=st.floats(20.0, 200.0), more=st.floats(0.0, 200.0), max_staleness=st.integers(0, 2))
 def test_more_memory_never_lowers_concurrency_or_speed(memory: float, more: float, max_staleness: int):
     shape = ModelShape(10**9, 9 * 10**8, 16, 2048, 8192, 50_000, 32, 8, 64)
