@@ -1,10 +1,12 @@
 """A plan for people and for programs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from learner.planning.against import Comparison
 from learner.planning.capacity import Plan
 from learner.planning.memory import gib, longest_response
 
@@ -84,6 +86,19 @@ def print_plan(plan: Plan, console: Console) -> None:
     for table in (_devices(plan), _memory(plan), _seconds(plan), _busy(plan)):
         console.print(table)
     console.print(f"saturates first: [bold]{plan.first}[/bold]")
+
+
+def print_comparison(rows: Sequence[Comparison], console: Console) -> None:
+    table = Table(title="planned and measured, medians", title_justify="left", title_style="bold", show_edge=False)
+    for name in ("", "planned", "measured", "planned / measured"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        table.add_row(row.name, _number(row.planned), _number(row.measured), f"{row.ratio:.2f}")
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(title: str, *columns: str) -> Table:

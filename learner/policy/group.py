@@ -344,6 +344,7 @@ def _step_metrics(
         # Without a token that was run there is nothing to tell.
         metrics.LOGPROB_GAP_MEAN: first.gap_sum / first.tokens if first.tokens else math.nan,
         metrics.LOGPROB_GAP_MAX: first.gap_max if first.tokens else math.nan,
+        metrics.LEARNER_MEMORY: max(p.peak_bytes for parts in by_minibatch for p in parts) / 1024**3,
         metrics.PADDING_SHARE: 1.0 - real / padded,
         metrics.LEARNER_TOKENS: float(real),
         metrics.SKIPPED_SHARE: 1.0 - run / max(sum(batches[0].totals.responses for batches in minibatches), 1),
