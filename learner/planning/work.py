@@ -89,14 +89,17 @@ def attention_operations(shape: ModelShape, context: float) -> float:
 
 
 def training_operations(config: RunConfig, shape: ModelShape, work: Work) -> float:
-    """Of a step, all ranks: forward and backward (twice the forward), recomputation, the reference's forward pass."""
+    """Of a step, all ranks: forward and backward (twice the forward), recomputation of activations, other forwards.
+
+    These are the reference policy's, and the policy's own for `old_logprobs: recomputed`.
+    """
     learner = config.learner
     body = 2.0 * (shape.multiplied - shape.head_parameters) + attention_operations(shape, work.sequence_tokens / 2)
     head = 2.0 * shape.head_parameters
-    reference = 1 if learner.objective.kl_coefficient > 0.0 else 0
+    passes = 3 + (learner.objective.kl_coefficient > 0.0) + (learner.old_logprobs == "recomputed")
     # A layer is computed again up to what its last product needs.
     again = body - 2.0 * shape.layers * shape.hidden * shape.intermediate if learner.gradient_checkpointing else 0.0
-    return work.trained_tokens * (body * (3 + reference) + again) + work.predicted_tokens * head * (3 + reference)
+    return work.trained_tokens * (body * passes + again) + work.predicted_tokens * head * passes
 
 
 def microbatches(config: RunConfig, work: Work) -> int:

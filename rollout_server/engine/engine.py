@@ -19,9 +19,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
+from rollout_server.engine.errors import CannotSample, EngineClosed, GenerationAborted, PromptTooLong, WeightSyncError
 from rollout_server.engine.launch import engine_args, eos_token_ids, prepare_environment
+from rollout_server.engine.listener import Listener, PromptScores
 from rollout_server.engine.plain_requests import PlainRequests
-from rollout_server.engine.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
+from rollout_server.engine.rollback import ResubmitRollback, Rollback, top_logprobs
 from rollout_server.engine.sampling import plain_params, score_params
 from rollout_server.monitor.records import Inbox, NonFiniteRecord, Record
 
@@ -35,9 +37,6 @@ RELEASE_AFTER = 32
 """Aborted submissions that are released together, and at the latest when the engine is asked to settle."""
 
 
-PromptScores = list[dict[int, tuple[float, int]] | None]
-
-
 Priors = dict[str, list[list[float]]]
 """Statistics of earlier groups, by kind of response: mean and second moment of U at each segment index."""
 
@@ -48,22 +47,6 @@ ABANDON_SECONDS = 10.0
 
 SHUTDOWN_SECONDS = 5.0
 """What vLLM's process has to end by itself before it is killed."""
-
-
-class WeightSyncError(RuntimeError):
-    """Weights did not arrive as they were sent, or not in time. The engine serves nothing until a sync succeeds."""
-
-
-class EngineClosed(RuntimeError):
-    """The engine was closed before it admitted a request."""
-
-
-class CannotSample(ValueError):
-    """vLLM does not sample with these parameters; the message says why."""
-
-
-class PromptTooLong(ValueError):
-    """Prompt and response together do not fit into the model's length."""
 
 
 class ErasableEngine:
@@ -159,7 +142,7 @@ class ErasableEngine:
             outputs = _checked(self._plain.outputs(uid, prompt, score_params(top, uid)))
             scores = [output.prompt_logprobs async for output in outputs]
         if not scores or scores[-1] is None:
-            raise RuntimeError("vLLM aborted the scoring of a prompt")
+            raise GenerationAborted("vLLM aborted the scoring of a prompt")
         known = [
             None if place is None else {token: (entry.logprob, entry.rank or 0) for token, entry in place.items()}
             for place in scores[-1]
@@ -359,7 +342,7 @@ class ErasableEngine:
             if listener is not None and tokens:
                 listener.sampled(tokens, top_logprobs(output, len(tokens)))
         if output is None or output.outputs[0].finish_reason == "abort":
-            raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
+            raise GenerationAborted(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
         spans = output.outputs[0].weight_versions or []
         attempt = Attempt(
             segment=0,

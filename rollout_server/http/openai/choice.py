@@ -3,17 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from common.trajectory import Attempt, FinishReason, ResponseRequest, Trajectory
 from rollout_server.engine.detokenize import TextCursor
+from rollout_server.engine.listener import PromptScores, TopLogprobs
 from rollout_server.http.openai.segments import JudgedSegment
-
-if TYPE_CHECKING:
-    from rollout_server.engine.rollback import TopLogprobs
-
-PromptScores = list[dict[int, tuple[float, int]] | None]
-"""Of each token of a prompt: log-prob and rank of it, first, and of the likeliest ones; None for the first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +152,7 @@ class Choice:
             or self.options.top_logprobs is not None
         )
 
-    def sampled(self, token_ids: list[int], logprobs: "TopLogprobs | None") -> None:
+    def sampled(self, token_ids: list[int], logprobs: TopLogprobs | None) -> None:
         """Part of `Listener`."""
         if not self._sampling:
             self._sampling = True
@@ -218,7 +213,7 @@ class Choice:
                 )
         self._accept(segment, top)
 
-    def _accept(self, segment: JudgedSegment, top: "TopLogprobs") -> None:
+    def _accept(self, segment: JudgedSegment, top: TopLogprobs) -> None:
         """`top`: log-probs of the segment's tokens, if vLLM reported them."""
         self._erased.clear()
         self._under_way = Place(segment.index + 1, 0, segment.end)
@@ -230,7 +225,7 @@ class Choice:
         if self._segments_have_texts and self._uncut is None:
             segment.text = text
 
-    def _entries(self, segment: JudgedSegment, top: "TopLogprobs") -> list[TokenEntry]:
+    def _entries(self, segment: JudgedSegment, top: TopLogprobs) -> list[TokenEntry]:
         if self.options.top_logprobs is None:
             return []
         return _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
@@ -335,7 +330,7 @@ def _same_place(one: Attempt, other: Attempt) -> bool:
     return (one.segment, one.attempt) == (other.segment, other.attempt)
 
 
-def _entries(token_ids: list[int], logprobs: "TopLogprobs | None", top: int | None) -> list[TokenEntry]:
+def _entries(token_ids: list[int], logprobs: TopLogprobs | None, top: int | None) -> list[TokenEntry]:
     if logprobs is None or top is None:
         return []
     return [

@@ -3,7 +3,8 @@
 from typing import Any
 
 from rollout_server.engine.detokenize import Texts
-from rollout_server.http.openai.choice import PromptScores, TokenEntry
+from rollout_server.engine.listener import PromptScores
+from rollout_server.http.openai.choice import TokenEntry
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not."""

@@ -8,8 +8,11 @@ from collections.abc import AsyncGenerator, Callable
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import NonFiniteLogits
 from rollout_server.http.openai.choice import Choice, Chunk
-from rollout_server.http.openai.errors import ApiError, unavailable
-from rollout_server.replicas.pool import Member, ReplicaLost, ReplicaSet
+from rollout_server.http.openai.errors import unavailable
+from rollout_server.replicas.errors import NoReplicaReady
+from rollout_server.replicas.member import Member
+from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.replica import ReplicaLost
 
 log = logging.getLogger("e3rl.generation")
 RESUBMISSIONS = 3
@@ -26,7 +29,7 @@ class Generation:
 
     def __init__(
         self,
-        replicas: ReplicaSet,
+        replicas: Pool,
         groups: list[list[ResponseRequest]],
         make_choice: MakeChoice,
         generated: Callable[[], None],
@@ -53,7 +56,7 @@ class Generation:
         """Generate to the end.
 
         Raises:
-            ApiError: the first failure; the other responses are cancelled.
+            Exception: the first failure; the other responses are cancelled.
         """
         self._start()
         try:
@@ -154,8 +157,8 @@ class Generation:
         while True:
             try:
                 return self._replicas.choose(responses)
-            except ApiError:
-                if not resubmitted or all("could not be restarted" in (m.error or "") for m in self._replicas.members):
+            except NoReplicaReady as error:
+                if not resubmitted or error.final:
                     raise
             await asyncio.sleep(0.1)
 

@@ -14,7 +14,8 @@ from common.config import EngineConfig, ErasurePolicy, FixedSegmentation, ModelC
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import NonFiniteLogits, WeightUpdate, weight_checksum
 from rollout_server.engine import engine as engine_module
-from rollout_server.engine.engine import EngineClosed, ErasableEngine, WeightSyncError
+from rollout_server.engine.engine import ErasableEngine
+from rollout_server.engine.errors import EngineClosed, WeightSyncError
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
 from tests.models import tiny_llama, tiny_qwen3
 
