@@ -4,7 +4,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +20,7 @@ from learner.planning.hardware import PRESETS
 from learner.planning.setup import Setup
 from learner.planning.shape import ModelShape, read_shape, shape_of
 from learner.planning.work import attention_operations, microbatches, step_work, training_operations
-from learner.policy.batching import TrainingSample, collate, plan_microbatches
+from learner.policy.batching import MicroBatch, plan_microbatches
 from learner.policy.model import response_logprobs
 from learner.run.errors import InputError
 from tests.configs import run_config
@@ -74,8 +73,16 @@ def test_erased_attempts_that_count_are_sequences_of_their_own():
     assert work.trained_tokens == pytest.approx(8 * 160 + 5 * (80 + 40) + 80)
 
 
-@pytest.mark.parametrize(("checkpointing", "kl"), [(False, 0.0), (True, 0.0), (False, 0.1)])
-def test_operations_are_those_that_torch_counts(checkpointing: bool, kl: float):
+@pytest.mark.parametrize(
+    ("learner", "other_forwards"),
+    [
+        ({}, 0),
+        ({"gradient_checkpointing": True}, 0),
+        ({"objective": {"kind": "clipped", "kl_coefficient": 0.1}}, 1),
+        ({"old_logprobs": "recomputed"}, 1),
+    ],
+)
+def test_operations_are_those_that_torch_counts(learner: dict[str, Any], other_forwards: int):
     small = Qwen3Config(
         hidden_size=256,
         intermediate_size=768,
@@ -86,18 +93,19 @@ def test_operations_are_those_that_torch_counts(checkpointing: bool, kl: float):
         vocab_size=2048,
     )
     policy: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32).train()
-    if checkpointing:
+    if "gradient_checkpointing" in learner:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    values = np.zeros(16)
-    samples = [TrainingSample(np.arange(32), 16, values, values + 1.0, values) for _ in range(8)]
+    # 8 sequences of 16 prompt tokens and 16 predicted ones.
+    tokens, ones = torch.zeros((8, 32), dtype=torch.int64), torch.ones((8, 16))
+    batch = MicroBatch(tokens, 15, tokens[:, 16:], ones.bool(), ones, ones, ones)
     with FlopCounterMode(display=False) as counter:
-        response_logprobs(policy, collate(samples)).sum().backward()
-        if kl:
-            with torch.no_grad():
-                response_logprobs(policy, collate(samples))
+        response_logprobs(policy, batch).sum().backward()
+        with torch.no_grad():
+            for _ in range(other_forwards):
+                response_logprobs(policy, batch)
     config = run_config(
         rollout={"max_prompt_tokens": 16, "max_response_tokens": 16, "group_share": {"mode": "fixed", "share": 0.0}},
-        learner={"gradient_checkpointing": checkpointing, "objective": {"kind": "clipped", "kl_coefficient": kl}},
+        learner=learner,
     )
     work = step_work(config, Assumptions(padding_share=0.0))
     planned = training_operations(config, shape_of(small, "made here"), work)
