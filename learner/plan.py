@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--replicas", type=int, help="instead of rollout.engine.replicas")
     result.add_argument("--ranks", type=int, help="instead of learner.ranks")
     result.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of a replica")
-    result.add_argument("--transport", choices=("host", "disk", "gloo", "nccl", "ipc"), default="host")
+    result.add_argument(
+        "--transport", choices=("host", "disk", "gloo", "nccl", "ipc"), help="instead of sync.transport"
+    )
     result.add_argument("--max-staleness", type=int, default=0, help="0: synchronous loop")
     result.add_argument("--in-flight", choices=("keep", "recompute", "wait", "abort"), default="recompute")
     result.add_argument(
@@ -115,7 +117,7 @@ def read_setup(options: argparse.Namespace) -> Setup:
         shape=read_shape(config.model, options.model_config),
         hardware=read_hardware(options.hardware),
         tensor_parallel=options.tensor_parallel,
-        transport=options.transport,
+        transport=options.transport or config.sync.transport,
         max_staleness=options.max_staleness,
         in_flight=options.in_flight,
         offload=options.offload,
