@@ -16,7 +16,7 @@ from common import metrics
 from common.config.run import LearnerConfig, MaskOverlong, RunConfig
 from common.manifest import write_manifest
 from common.out_of_memory import learner_advice, ran_out_of_memory
-from common.trajectory import Group
+from common.packed import Group
 from common.weights import WeightUpdate
 from learner.environments.overlong import shaped_groups
 from learner.objectives import GapHistogram, ObjectiveStatistics, WeightStatistics

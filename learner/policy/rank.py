@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from common.config.run import RunConfig
+from common.packed import TokenArrays
 from learner.objectives import MinibatchTotals, ObjectiveInputs, ObjectiveStatistics, compute_objective
-from learner.policy.batching import MicroBatch, RankBatch, TrainingSample, collate
+from learner.policy.batching import MicroBatch, RankBatch, collate, with_tokens
 from learner.policy.model import learning_rate, load_policy, response_logprobs
+from learner.policy.samples import TrainingSample
 from learner.weights.host import ParameterShape, WrittenWeights, weight_directory, write_weights
 
 CHECKPOINT_TAG = "deepspeed"
@@ -114,6 +116,7 @@ class LearnerRank:
     def train(self, batches: list[RankBatch]) -> list[MinibatchResult]:
         """One optimizer step for each minibatch, of which this rank gets its micro-batches."""
         results = []
+        batches = with_tokens(batches, self._fetch)
         old_logprobs = self._old_logprobs(batches)
         for number, (batch, old) in enumerate(zip(batches, old_logprobs, strict=True), start=1):
             try:
@@ -121,6 +124,11 @@ class LearnerRank:
             except NotFiniteError as error:
                 raise NotFiniteError(f"minibatch {number} of {len(batches)}: {error}") from None
         return results
+
+    def _fetch(self, references: list[Any]) -> list[TokenArrays]:
+        """What the references lead to, from wherever the responses were generated: views of shared memory."""
+        found: list[TokenArrays] = ray.get(references, timeout=self._config.learner.step_seconds)
+        return found
 
     def export_weights(self, file_name: str) -> WrittenWeights | None:
         """Rank 0 writes the parameters into shared memory and returns what it wrote; the others return None."""

@@ -21,14 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import metrics
 from common.config.run import AdvantageConfig, RunConfig
-from common.trajectory import Group, Trajectory
+from common.packed import Group
+from common.trajectory import Trajectory
 from common.weights import weight_checksum
 from learner.objectives import GapHistogram, MinibatchTotals, ObjectiveInputs, compute_objective
 from learner.policy.batching import collate, split_minibatches
 from learner.policy.group import LearnerError, LearnerGroup
 from learner.policy.model import load_policy, response_logprobs
 from tests.models import tiny_llama, tiny_qwen3
-from tests.trajectories import random_groups, recorded_near
+from tests.trajectories import changed, random_groups, recorded_near, with_rewards
 
 STEPS = 3
 WARMUP = 2
@@ -262,9 +263,9 @@ def impossible(group: Group) -> Group:
             attempt.model_copy(update={"behaviour_logprobs": [-1000.0] * len(attempt.token_ids)})
             for attempt in trajectory.attempts
         ]
-        return trajectory.model_copy(update={"attempts": attempts}, deep=True)
+        return trajectory.model_copy(update={"attempts": attempts})
 
-    return group.model_copy(update={"trajectories": [spoilt(t) for t in group.trajectories]})
+    return changed(group, spoilt)
 
 
 def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
@@ -317,7 +318,7 @@ def weight_files() -> set[Path]:
 
 
 def _all_alike(group: Group) -> Group:
-    return group.model_copy(update={"trajectories": [t.model_copy(update={"reward": 1.0}) for t in group.trajectories]})
+    return with_rewards(group, [1.0] * len(group.trajectories))
 
 
 def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path], tmp_path: Path) -> None:
@@ -395,8 +396,7 @@ def test_an_advantage_that_can_t_be_computed_is_raised_here_and_breaks_nothing(
 ) -> None:
     config = run_config(models["tied"])
     (groups,) = rollouts(config, 1)
-    rewardless = groups[0].trajectories[0].model_copy(update={"reward": None})
-    broken = groups[0].model_copy(update={"trajectories": [rewardless, *groups[0].trajectories[1:]]})
+    broken = with_rewards(groups[0], [None, *(t.reward for t in groups[0].trajectories[1:])])
     group = LearnerGroup(config, tmp_path)
     with pytest.raises(ValueError, match="response 0 to prompt 'p0' has no reward"):
         asyncio.run(group.train_step([broken], 0))
