@@ -11,6 +11,8 @@ from common.config.data import (
     Data,
     ErasureTreatment,
     GroupShare,
+    ReasoningGymData,
+    ReasoningGymReward,
     Reward,
     ShareAdaptive,
     Treatment,
@@ -208,9 +210,9 @@ class LearnerConfig(StrictModel):
 
 
 class SyncConfig(StrictModel):
-    """Weight sync. `host`: safetensors in shared memory, for replicas on the learner's machine."""
+    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine."""
 
-    backend: Literal["host"] = "host"
+    transport: Literal["host"] = "host"
     deadline_seconds: float = Field(default=120.0, gt=0.0)
 
 
@@ -283,9 +285,19 @@ class RunConfig(StrictModel):
         """Responses of a group that are treated while the share applies."""
         return round(self.rollout.group_share.share * self.rollout.responses_per_group)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _data_brings_its_reward(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "reward" in given:
+            return given
+        data = given.get("data")
+        source = data.get("source", data.get("kind")) if isinstance(data, dict) else getattr(data, "source", None)
+        return given | {"reward": {"kind": "reasoning_gym"}} if source == "reasoning_gym" else given
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
         for check in (
+            _reward_fits,
             _length_fits,
             _segments_fit,
             _share_is_whole,
@@ -296,6 +308,17 @@ class RunConfig(StrictModel):
         ):
             check(self)
         return self
+
+
+def _reward_fits(config: RunConfig) -> None:
+    procedural = isinstance(config.data, ReasoningGymData)
+    if isinstance(config.reward, ReasoningGymReward) and not procedural:
+        raise ValueError(
+            f"reward.kind 'reasoning_gym' scores problems of data.kind 'reasoning_gym' only, not of "
+            f"{config.data.source!r}"
+        )
+    if isinstance(config.reward, ChainReward) and procedural:
+        raise ValueError("reward.kind 'chain' can't score problems of data.kind 'reasoning_gym': leave reward out")
 
 
 def _length_fits(config: RunConfig) -> None:
