@@ -208,10 +208,23 @@ class LearnerConfig(StrictModel):
 
 
 class SyncConfig(StrictModel):
-    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine."""
+    """How replicas get new weights.
 
-    transport: Literal["host"] = "host"
+    `transport`: `host` is a file in shared memory, for replicas on the learner's machine; `disk` a file in `directory`,
+    which every machine must see under this path. `deadline_seconds`: for gathering and for loading, each.
+    """
+
+    transport: Literal["host", "disk"] = "host"
+    directory: str | None = Field(default=None, min_length=1, description="For transport `disk`: a shared directory.")
     deadline_seconds: float = Field(default=120.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "SyncConfig":
+        if self.transport == "disk" and self.directory is None:
+            raise ValueError("transport 'disk' needs directory: one that the learner's and every replica's machine see")
+        if self.transport != "disk" and self.directory is not None:
+            raise ValueError(f"directory is for transport 'disk' only, not for {self.transport!r}")
+        return self
 
 
 class EvaluationConfig(StrictModel):

@@ -14,6 +14,8 @@ from rollout_server.weights.receiver import Arrived
 log = logging.getLogger("e3rl.engine")
 
 TRIES = 2
+RETRY_PAUSE_SECONDS = 0.5
+"""A network's file system may show a change that much later."""
 TRANSIENT = (OSError, DamagedWeights)
 
 
@@ -54,6 +56,7 @@ class Receivers:
                     raise
                 self.retries += 1
                 log.warning("weights of version %d are received once more: %s", update.version, error)
+                time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
 
 
