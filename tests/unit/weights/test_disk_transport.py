@@ -120,8 +120,8 @@ async def test_damage_is_named(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="'disk' needs directory"):
         SyncConfig(transport="disk")
-    with pytest.raises(ValidationError, match="directory is for transport 'disk' only"):
+    with pytest.raises(ValidationError, match="directory is for transport disk, not for 'host'"):
         SyncConfig(directory="/shared")
-    chosen = publisher(SyncConfig(transport="disk", directory=str(tmp_path)))
+    chosen = publisher(SyncConfig(transport="disk", directory=str(tmp_path)), 1, "127.0.0.1")
     assert isinstance(chosen, DiskPublisher)
     chosen.close()
