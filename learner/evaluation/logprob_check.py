@@ -18,7 +18,7 @@ from common.packed import Group, PackedResponse
 from common.seeds import derive_seed
 from common.trajectory import Prompt, ResponseRequest
 from common.weights import WeightUpdate
-from learner.loop.rollout import generate_groups
+from learner.loop.rollout import GRACE_SECONDS, Progress, generate_groups
 from learner.policy.probe import SampleLogprobs
 from learner.policy.samples import TrainingSample, response_samples
 
@@ -208,7 +208,8 @@ async def _compare(
     config: RunConfig, rollouts: Rollouts, learner: Learner, prompts: Sequence[Prompt], name: str
 ) -> tuple[Comparison, list[Group]]:
     requests = check_requests(config, prompts, name)
-    groups = await generate_groups(rollouts, config, prompts, requests)
+    progress = Progress(config.rollout.engine.response_seconds + GRACE_SECONDS)
+    groups = await generate_groups(rollouts, prompts, requests, progress)
     samples, parts = labelled_samples(groups)
     together = await learner.measure(samples)
     alone = await learner.measure(samples, alone=True)
