@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.trajectory import Group
+from common.packed import Group
 from learner.environments.rewards import Tally
 from learner.loop.ledger import Draw, Ledger
 

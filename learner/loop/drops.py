@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from common import metrics as names
 from common.config import StrictModel
-from common.trajectory import Trajectory
+from common.packed import PackedResponse
 from learner.loop.buffer import ScoredGroup, Taken
 
 DECAY = 0.98
@@ -56,12 +56,12 @@ class Drops:
         }
 
 
-def generated_tokens(responses: Iterable[Trajectory]) -> int:
+def generated_tokens(responses: Iterable[PackedResponse]) -> int:
     """Of all responses together."""
     return sum(response.generated_tokens for response in responses)
 
 
-def _responses(groups: Sequence[ScoredGroup]) -> list[Trajectory]:
+def _responses(groups: Sequence[ScoredGroup]) -> list[PackedResponse]:
     return [response for group in groups for response in group.group.trajectories]
 
 

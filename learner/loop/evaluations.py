@@ -61,12 +61,10 @@ class Evaluations:
         judged = Tally(sum(map(len, requests)))
         progress = Progress(config.rollout.engine.response_seconds + GRACE_SECONDS)
         with part(f"evaluation ({mode})", step):
-            async with Scoring(
-                self._rewards, prompts, judged, self._problems.decoder, step, config.rollout.stop
-            ) as scoring:
+            async with Scoring(self._rewards, prompts, judged, step) as scoring:
                 generating = generate_groups(self._rollouts, prompts, requests, progress, scoring.add)
                 scored = await stop.unless_stopped(scoring.finish(await stop.unless_stopped(generating)))
-            counts = count_steps(config, scored.groups, self._problems.decoder)
+            counts = count_steps(config, scored.groups)
             seconds, tally = time.monotonic() - started, scored.tally
             k = config.evaluation.responses_per_problem
             evaluation = evaluate_groups(

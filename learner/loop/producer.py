@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common.config.run import RunConfig
-from common.trajectory import Trajectory
+from common.packed import PackedResponse
 from learner.environments.rewards import Tally
-from learner.environments.step_checks import Decoder
 from learner.loop.buffer import Buffer, ScoredGroup
 from learner.loop.ledger import Draw, Ledger
 from learner.loop.parts import Parts
@@ -26,10 +25,9 @@ class Busy:
         self._began = 0.0
         self._seconds = 0.0
 
-    @property
-    def seconds(self) -> float:
-        """In all, up to now."""
-        return self._seconds + (time.monotonic() - self._began if self._under_way else 0.0)
+    def seconds(self, now: float) -> float:
+        """In all, up to `now`, which is the monotonic clock's."""
+        return self._seconds + (now - self._began if self._under_way else 0.0)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -59,14 +57,12 @@ class Producer:
         self,
         config: RunConfig,
         parts: Parts,
-        decoder: Decoder,
         ledger: Ledger,
         buffer: Buffer,
         share: TreatedShare,
     ) -> None:
         self._config = config
         self._rollouts, self._rewards = parts.rollouts, parts.rewards
-        self._decoder = decoder
         self._ledger = ledger
         self._buffer = buffer
         self._share = share
@@ -116,9 +112,9 @@ class Producer:
         prompts = [draw.prompt for draw in draws]
         requests = [training_requests(config, draw, applies) for draw in draws]
         judged = self._judged_with(len(draws))
-        async with Scoring(self._rewards, prompts, judged, self._decoder, step, config.rollout.stop) as scoring:
+        async with Scoring(self._rewards, prompts, judged, step) as scoring:
 
-            def finished(response: Trajectory) -> None:
+            def finished(response: PackedResponse) -> None:
                 self.generated_tokens += response.generated_tokens
                 scoring.add(response)
 

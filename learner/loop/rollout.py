@@ -7,10 +7,11 @@ from contextlib import aclosing, contextmanager
 from typing import cast
 
 from common.interfaces import Rollouts
-from common.trajectory import Group, Prompt, ResponseRequest, Trajectory
+from common.packed import Group, PackedResponse
+from common.trajectory import Prompt, ResponseRequest
 
 GRACE_SECONDS = 30.0
-Stream = AsyncGenerator[Trajectory, None]
+Stream = AsyncGenerator[PackedResponse, None]
 
 
 class Progress:
@@ -61,7 +62,7 @@ async def generate_groups(
     prompts: Sequence[Prompt],
     requests: Sequence[Sequence[ResponseRequest]],
     progress: Progress,
-    finished: Callable[[Trajectory], None] = lambda trajectory: None,
+    finished: Callable[[PackedResponse], None] = lambda response: None,
 ) -> list[Group]:
     """All responses, in the order of the requests, whatever the order in which they finish.
 
@@ -70,14 +71,14 @@ async def generate_groups(
     many responses are missing, and RuntimeError if the rollout side ends early or answers what was not asked for.
     """
     wanted = {(r.group_id, r.sample) for group in requests for r in group}
-    found: dict[tuple[str, int], Trajectory] = {}
+    found: dict[tuple[str, int], PackedResponse] = {}
     # Leaving early must end the generator at once, so that its requests are cancelled.
-    async with aclosing(cast(Stream, rollouts.generate(requests))) as trajectories:
+    async with aclosing(cast(Stream, rollouts.generate(requests))) as responses:
         with progress.waiting():
             try:
-                while (trajectory := await _next(trajectories, progress)) is not None:
-                    found[trajectory.group_id, trajectory.sample] = trajectory
-                    finished(trajectory)
+                while (response := await _next(responses, progress)) is not None:
+                    found[response.group_id, response.sample] = response
+                    finished(response)
             except TimeoutError as error:
                 raise TimeoutError(
                     f"{len(wanted) - len(found)} of {len(wanted)} responses are missing, and none arrived within "
@@ -92,9 +93,9 @@ async def generate_groups(
     ]
 
 
-async def _next(trajectories: Stream, progress: Progress) -> Trajectory | None:
+async def _next(responses: Stream, progress: Progress) -> PackedResponse | None:
     """The next response, None after the last. Raises TimeoutError where nobody gets one any more."""
-    arriving = asyncio.ensure_future(anext(trajectories, None))
+    arriving = asyncio.ensure_future(anext(responses, None))
     try:
         while not arriving.done():
             if progress.left <= 0.0:

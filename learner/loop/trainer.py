@@ -52,7 +52,6 @@ class Trainer:
         self._config = config
         self._directory = directory
         self._rollouts, self._learner = parts.rollouts, parts.learner
-        self._problems = problems
         self._record = record
         self._display = display
         self._checkpoints = checkpoints
@@ -63,7 +62,7 @@ class Trainer:
         count = config.rollout.groups_per_step
         self._ledger = Ledger(problems.stream, count, state.ledger)
         self._buffer = Buffer(self._ledger, config.max_staleness, count, (config.steps - state.step) * count)
-        self._producer = Producer(config, parts, problems.decoder, self._ledger, self._buffer, self._share)
+        self._producer = Producer(config, parts, self._ledger, self._buffer, self._share)
         self._learner_restarts = learner_restarts
         self.state = state
 
@@ -153,7 +152,7 @@ class Trainer:
         groups = [group.group for group in taken.groups]
         with part("trajectories", step):
             write_trajectories(self._directory.trajectories / f"step_{step}.parquet", step, groups)
-            counts = count_steps(self._config, groups, self._problems.decoder)
+            counts = count_steps(self._config, groups)
             return rollout_metrics(groups, [group.first_treated for group in taken.groups], counts)
 
     async def _publish(self, step: int) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from common.config.data import ErasureTreatment, GroupShare, ShareAdaptive, TemperatureTreatment
 from common.config.run import RunConfig
+from common.packed import Group
 from common.seeds import derive_seed
-from common.trajectory import Group, ResponseRequest
+from common.trajectory import ResponseRequest
+from learner.environments.step_checks import checks_steps
 from learner.loop.ledger import Draw
 
 
@@ -62,6 +64,7 @@ def training_requests(config: RunConfig, draw: Draw, share_applies: bool) -> lis
                 temperature=temperature,
                 stop=rollout.stop,
                 policy=rollout.erasure,
+                attempt_texts=checks_steps(config),
                 erasable=is_treated and isinstance(treatment, ErasureTreatment),
             )
         )

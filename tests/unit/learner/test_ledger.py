@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.trajectory import Group, Prompt
+from common.packed import Group, pack
+from common.trajectory import Prompt
 from learner.environments.data import PromptStream
 from learner.environments.rewards import Tally
 from learner.loop.buffer import Buffer, ScoredGroup
@@ -22,7 +23,7 @@ def stream(prompts: int, per_step: int) -> PromptStream:
 
 def scored(draw: Draw, version: int) -> ScoredGroup:
     response = trajectory([attempt_of([1], segment=0, start=0, version=version)], reward=0.0, prompt_id=draw.prompt.id)
-    return ScoredGroup(draw, Group(prompt=draw.prompt, trajectories=[response]), version, 1, Tally(1))
+    return ScoredGroup(draw, Group(prompt=draw.prompt, trajectories=[pack(response)]), version, 1, Tally(1))
 
 
 class Loop(RuleBasedStateMachine):

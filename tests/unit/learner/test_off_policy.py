@@ -22,7 +22,7 @@ from common.config.off_policy import (
     TokenImportanceSampling,
 )
 from common.config.run import AdvantageConfig, ClippedObjective, LearnerConfig, ModelConfig, UniformCredit
-from common.trajectory import Group
+from common.packed import Group
 from learner.objectives import (
     GapHistogram,
     MinibatchTotals,
@@ -32,11 +32,12 @@ from learner.objectives import (
     compute_objective,
     importance_weights,
 )
-from learner.policy.batching import TrainingSample, collate, rank_batches, response_samples
+from learner.policy.batching import collate, rank_batches
 from learner.policy.model import load_policy, response_logprobs
+from learner.policy.samples import TrainingSample, response_samples
 from tests.configs import run_config
 from tests.models import tiny_qwen3
-from tests.trajectories import random_groups, recorded_near
+from tests.trajectories import random_groups, recorded_near, unpacked
 
 OBJECTIVE = ClippedObjective(aggregation="token_mean", clip_low=0.1, clip_high=0.3)
 WEIGHTS: list[ImportanceSampling] = [
@@ -128,7 +129,7 @@ def float64_result(
         rewards = [t.reward or 0.0 for t in group.trajectories]
         mean = math.fsum(rewards) / len(rewards)
         deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
-        for member, reward in zip(group.trajectories, rewards, strict=True):
+        for member, reward in zip(unpacked(group), rewards, strict=True):
             advantage = (reward - mean) / (deviation + 1e-4)
             before = logprob(old, member).detach()
             ratios = torch.exp(logprob(current, member) - before)
