@@ -144,7 +144,8 @@ class LearnerRank:
         if self._rank != 0:
             return None
         if self._publisher is None:
-            self._publisher = publisher(self._config.sync)
+            replicas = self._config.rollout.engine.replicas
+            self._publisher = publisher(self._config.sync, replicas, ray.util.get_node_ip_address())
         return self._publisher.begin(version, self._parameters())
 
     def publish(self, version: int) -> WrittenWeights | None:
