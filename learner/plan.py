@@ -137,8 +137,9 @@ def measure(options: argparse.Namespace) -> None:
         config = with_absolute_model(read_config(options))
         microbatch = measure_microbatch(config)
         with tempfile.TemporaryDirectory() as logs:
-            step = measure_engine(config, read_shape(config.model), hardware, Path(logs))
-        hardware = hardware.model_copy(update={"microbatch_seconds": microbatch, "engine_step_seconds": step})
+            step, each = measure_engine(config, read_shape(config.model), hardware, Path(logs))
+        costs = {"engine_step_seconds": step, "engine_response_seconds": each, "microbatch_seconds": microbatch}
+        hardware = hardware.model_copy(update=costs)
     write_hardware(hardware, options.measure)
     print(options.measure.read_text(), end="")
 
