@@ -43,6 +43,8 @@ class LearnerGroup:
     `sync.deadline_seconds`.
     """
 
+    rank_class: type[LearnerRank] = LearnerRank
+
     def __init__(self, config: RunConfig, log_directory: Path) -> None:
         self._config = config
         self._log_directory = log_directory.resolve()
@@ -55,7 +57,7 @@ class LearnerGroup:
         self._log_directory.mkdir(parents=True, exist_ok=True)
         on_gpus = trains_on_gpus(self._config, int(ray.cluster_resources().get("GPU", 0.0)))
         options = self._actor_options(on_gpus)
-        actor = ray.remote(LearnerRank)
+        actor = ray.remote(self.rank_class)
         self._ranks = [
             actor.options(**options).remote(self._config, rank, str(self._log_directory))
             for rank in range(self._config.learner.ranks)
