@@ -82,8 +82,8 @@ def _most_tokens(config: RunConfig) -> int:
     most = min(TIMED_TOKENS, config.rollout.max_response_tokens)
     if most <= WARM_TOKENS:
         raise InputError(
-            f"--measure-engine: rollout.max_response_tokens ({config.rollout.max_response_tokens}) is too short to time "
-            f"engine steps: more than {WARM_TOKENS} are needed"
+            f"--measure-engine: rollout.max_response_tokens ({config.rollout.max_response_tokens}) is too short to "
+            f"time engine steps: more than {WARM_TOKENS} are needed"
         )
     return most
 
