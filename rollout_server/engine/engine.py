@@ -62,9 +62,7 @@ class ErasableEngine:
         self.sentinel_ids = sentinel_ids
         self.eos_token_ids = eos_token_ids(llm)
         self._uids = itertools.count(1)
-        self._rollback = ResubmitRollback(
-            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
-        )
+        self._rollback = ResubmitRollback(llm, sentinel_ids, self.eos_token_ids, name="erasable", uids=self._uids)
         self._plain = PlainRequests(llm, finish=sentinel_ids[1])
         self._receiver = asyncio.create_task(inbox.receive(self._deliver))
         self._admitting = asyncio.Event()

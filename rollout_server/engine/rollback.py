@@ -7,7 +7,7 @@ at most the part of one block. An implementation inside the engine would replace
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, V
 from common.weights import NonFiniteLogits
 from rollout_server.engine.errors import GenerationAborted, RecordLost
 from rollout_server.engine.listener import Listener, TopLogprobs
-from rollout_server.engine.progress import Progress, Sampled
+from rollout_server.engine.progress import Progress, Sampled, version_spans
 from rollout_server.engine.sampling import adjustments, submission_params
 from rollout_server.monitor import Field
 from rollout_server.monitor.records import JudgementRecord, NonFiniteRecord, Record
@@ -76,8 +76,8 @@ class _Mailbox:
 class ResubmitRollback:
     """Rollback through requests to vLLM.
 
-    `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests. `version`: that of the weights now.
-    `uids`: numbers that no other request of the engine gets.
+    `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests. `uids`: numbers that no other request
+    of the engine gets.
     """
 
     def __init__(
@@ -86,14 +86,12 @@ class ResubmitRollback:
         sentinel_ids: tuple[int, int],
         eos_token_ids: tuple[int, ...],
         name: str,
-        version: Callable[[], int],
         uids: Iterator[int],
     ) -> None:
         self._llm = llm
         self._sentinel_ids = sentinel_ids
         self._eos_token_ids = eos_token_ids
         self._name = name
-        self._version = version
         self._uids = uids
         self._mailboxes: dict[int, _Mailbox] = {}
         self.aborted: list[tuple[int, str]] = []
@@ -173,18 +171,12 @@ class ResubmitRollback:
                     listener.resumed(output.num_cached_tokens or 0)
                 if listener.wants_tokens:
                     listener.sampled(tokens, top_logprobs(output, len(tokens)))
-            sampled.add(tokens, self._version())
+            sampled.token_ids += tokens
             if listener is not None:
                 while mailbox.records and mailbox.records[0].field(Field.END) <= sampled.end:
                     ended = self._take(mailbox.records.popleft(), sampled, request, progress, listener)
         if output is None or output.outputs[0].finish_reason == "abort":
             raise GenerationAborted(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
-        spans = output.outputs[0].weight_versions or []
-        sampled.versions = [(span.start, span.end, int(span.version)) for span in spans]
-        for index in range(taken, len(progress.attempts)):
-            attempt = progress.attempts[index]
-            versions = sampled.spans(attempt.start, attempt.end)
-            progress.attempts[index] = attempt.model_copy(update={"versions": versions})
         while ended is None:
             ended = self._take(await mailbox.take(uid), sampled, request, progress, listener)
         if progress.finished and not ended.final:
@@ -258,7 +250,7 @@ class ResubmitRollback:
         token_ids = sampled.token_ids[first - sampled.start : end - sampled.start]
         if len(token_ids) != end - first:
             raise RecordLost(f"a judgement of tokens {first} to {end}, but only {sampled.end} were sampled")
-        attempt = _attempt(record, token_ids, sampled.spans(first, end))
+        attempt = _attempt(record, token_ids, version_spans(record.versions, first, end))
         kept = progress.add(attempt)
         progress.finished = record.final or (kept is not None and progress.is_complete(request, self._eos_token_ids))
         if progress.erased_at is not None:
