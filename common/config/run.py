@@ -52,10 +52,19 @@ class EngineConfig(StrictModel):
     enforce_eager: bool = True
     num_gpu_blocks_override: int | None = Field(default=None, ge=2)
     start_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for a replica to start.")
+    max_restarts: int = Field(
+        default=5, ge=0, le=1000, description="Starts in a row that may fail before a lost replica is given up."
+    )
+    stall_seconds: float = Field(
+        default=180.0,
+        gt=0.0,
+        description="A replica whose engine makes no step for so long, though it has responses, is restarted.",
+    )
     response_seconds: float = Field(
         default=600.0,
         gt=0.0,
-        description="Deadline for one response, from when the engine takes it: waiting for a place does not count.",
+        description="A replica that finishes none of its responses for so long is restarted; waiting for a place "
+        "does not count.",
     )
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
 
@@ -184,11 +193,21 @@ class LearnerConfig(StrictModel):
     step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
 
 
+InFlight = Literal["keep", "recompute", "wait", "abort"]
+
+
 class SyncConfig(StrictModel):
-    """Weight sync. `host`: safetensors in shared memory, for replicas on the learner's machine."""
+    """Weight sync. `host`: safetensors in shared memory, for replicas on the learner's machine.
+
+    `in_flight`: what becomes of responses that are under way. `recompute` goes on with them, and computes their KV
+    cache anew under the new weights; `keep` goes on with the old KV cache; `wait` lets them finish first, within the
+    deadline, and admits no others; `abort` ends them, and makes each again from its beginning. Every token carries the
+    version that sampled it.
+    """
 
     backend: Literal["host"] = "host"
     deadline_seconds: float = Field(default=120.0, gt=0.0)
+    in_flight: InFlight = "recompute"
 
 
 class EvaluationConfig(StrictModel):

@@ -179,6 +179,7 @@ class Driver:
         ready = time.monotonic()
         self._learner_step = None
         metrics: dict[str, Any] = {names.STEP: step, names.POLICY_VERSION: step} | scored.metrics
+        metrics |= self._rollouts.take_counts()
         # Recorded while the learner works: it takes the driver's time, not the step's.
         recording = asyncio.create_task(asyncio.to_thread(self._record_rollout, step, groups, first_treated))
         try:

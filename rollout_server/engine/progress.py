@@ -15,7 +15,8 @@ class Progress:
 
     `kind`: of its statistics. `erased_limit`: tokens that may be erased in all. `attempt`: the number of the next
     attempt at `segment`; 0 where nothing of the segment is on record. `erased_at`: the engine step that ended the last
-    submission by an erasure. `adjustments`: what all submissions are sampled with.
+    submission by an erasure. `adjustments`: what all submissions are sampled with. `cache_salt`: they share cached
+    prefixes with those of the same salt only.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Progress:
     erased_at: int | None = None
     finished: bool = False
     adjustments: Adjustments | None = None
+    cache_salt: str | None = None
 
     @property
     def under_way(self) -> list[Attempt]:

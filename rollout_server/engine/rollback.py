@@ -39,7 +39,9 @@ UNWATCHED_TOKENS = 16
 class Rollback(Protocol):
     """Generates a monitored response, erasing what the monitor says."""
 
-    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory: ...
+    async def generate(
+        self, request: ResponseRequest, listener: Listener | None, cache_salt: str | None
+    ) -> Trajectory: ...
 
     def deliver(self, record: Record) -> None:
         """Take a record from the monitor."""
@@ -115,14 +117,18 @@ class ResubmitRollback:
             mailbox.closed = True
             mailbox.arrived.set()
 
-    async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory:
-        """Generate one response, beginning again after each erasure, until its last segment is accepted."""
+    async def generate(self, request: ResponseRequest, listener: Listener | None, cache_salt: str | None) -> Trajectory:
+        """Generate one response, beginning again after each erasure, until its last segment is accepted.
+
+        `cache_salt`: shares cached prefixes with those of the same salt only.
+        """
         policy = request.policy
         if policy is None:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
         erased_limit = policy.erased_token_limit(request.max_tokens)
         progress = Progress(statistics_kind(request, policy), policy, erased_limit)
         progress.adjustments = adjustments(request, self._eos_token_ids, self._llm.get_tokenizer())
+        progress.cache_salt = cache_salt
         progress.resume(request.resume_from)
         progress.finished = progress.is_complete(request, self._eos_token_ids)
         while not progress.finished:
@@ -234,7 +240,7 @@ class ResubmitRollback:
             extra_args=submission.extra_args(),
         )
         # In this form vLLM takes token ids as they are; as a prompt they would go through its pool of threads.
-        prompt = tokens_input(request.prompt_token_ids + progress.committed, cache_salt=request.extras.cache_salt)
+        prompt = tokens_input(request.prompt_token_ids + progress.committed, cache_salt=progress.cache_salt)
         return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if progress.attempts else 0)
 
     def _take(

@@ -1,8 +1,9 @@
 """A replica in the pool, and what the pool knows of it."""
 
+import time
 from dataclasses import dataclass, field
 
-from rollout_server.replicas.replica import Replica
+from rollout_server.replicas.replica import Priors, Replica
 from rollout_server.replicas.use import EngineUse
 
 
@@ -12,7 +13,8 @@ class Member:
 
     `version`, `checksum`: what it holds; without a checksum what it was started with, or after a failed sync nothing.
     `gave_up`: it died and is restarted no more. `non_finite_version`: of the last weights here whose logits were not
-    finite. `use`: as it was when the replica was last probed.
+    finite. `use`: as it was when the replica was last probed. `moved`, `progressed`: when its engine was last seen to
+    have made a step, and when it finished a response, or had no reason to. `priors`: the statistics that it gave last.
     """
 
     number: int
@@ -29,6 +31,13 @@ class Member:
     gave_up: bool = False
     non_finite_version: int | None = None
     use: EngineUse = field(default_factory=EngineUse)
+    moved: float = field(default_factory=time.monotonic)
+    progressed: float = field(default_factory=time.monotonic)
+    priors: Priors | None = None
 
     def __str__(self) -> str:
         return f"replica {self.number} {self.error or 'is ready'}"
+
+    def has_moved(self) -> None:
+        """Nothing was to be expected of it until now."""
+        self.moved = self.progressed = time.monotonic()

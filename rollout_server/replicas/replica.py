@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.config.run import InFlight
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.listener import Listener, PromptScores
+from rollout_server.replicas.record import Record
 from rollout_server.replicas.use import EngineUse
+
+Priors = dict[str, list[list[float]]]
+"""Statistics of earlier groups, by kind of response: mean and second moment of U at each segment index."""
 
 
 class ReplicaLost(Exception):
@@ -43,10 +48,10 @@ class Replica(Protocol):
         """Start or, after a loss, restart."""
         ...
 
-    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
+    async def generate(self, request: ResponseRequest, listener: Listener | Record | None) -> Trajectory:
         """Generate one response; cancelling frees what it holds.
 
-        Without a listener nothing is known of a response that is lost; with one, what was judged.
+        Without a listener or a record nothing is known of a response that is lost; with one, what was judged.
 
         Raises:
             ReplicaLost: the engine died.
@@ -64,8 +69,20 @@ class Replica(Protocol):
         """What the engine is doing; raises unless it answers."""
         ...
 
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
-        """Load weights; the checksum of what is then held. What is paused stays so."""
+    async def sync(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight) -> str:
+        """Load weights; the checksum of what is then held. What is paused stays so.
+
+        `in_flight`: what becomes of responses under way, see `SyncConfig`; with `abort` their `generate` raises
+        `GenerationAborted`.
+        """
+        ...
+
+    async def priors(self) -> Priors:
+        """Statistics of earlier groups."""
+        ...
+
+    async def restore_priors(self, priors: Priors) -> None:
+        """Take over what `priors` gave."""
         ...
 
     async def reset_prefix_cache(self) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from common.config.run import InFlight
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.replicas import pool as replicas_module
@@ -63,7 +64,7 @@ class FakeReplica:
             raise ReplicaLost("dead")
         return EngineUse()
 
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
+    async def sync(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight) -> str:
         await asyncio.sleep(0)
         what = self.syncs.pop(0) if self.syncs else "ok"
         if not self.alive or what == "die":
