@@ -7,7 +7,7 @@ the response or write it to a file. The arrays may be left where they were made:
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,6 +21,9 @@ from common.trajectory import Attempt, FinishReason, Judgement, Prompt, Trajecto
 
 Integers = NDArray[np.int32]
 Floats = NDArray[np.float32] | NDArray[np.float64]
+
+Fetch = Callable[[list[Any]], "list[TokenArrays]"]
+"""Gives what references lead to, in their order."""
 
 PER_TOKEN = ("logprobs", "behaviour_logprobs", "signal")
 STATISTICS = tuple(f"statistics.{f.name}" for f in fields(GroupStatistics))
@@ -164,10 +167,10 @@ class PackedResponse:
         return int(self.attempts.lengths[self.attempts.having(HAS_COLUMN["behaviour_logprobs"])].sum())
 
     @property
-    def versions(self) -> tuple[int, int] | None:
-        """Oldest and newest version of the weights that sampled it; None without a token."""
-        versions = self.attempts.spans[:, 3]
-        return (int(versions.min()), int(versions.max())) if len(versions) else None
+    def oldest_version(self) -> int:
+        """The oldest version of the weights that any of its committed tokens was sampled by."""
+        spans = self.attempts.spans
+        return int(spans[~self.attempts.erased[spans[:, 0]], 3].min())
 
     @property
     def arrays(self) -> TokenArrays:
@@ -197,6 +200,18 @@ class Group:
         strangers = {t.prompt_id for t in self.trajectories} - {self.prompt.id}
         if strangers:
             raise ValueError(f"group of prompt {self.prompt.id!r} holds responses to {sorted(strangers)}")
+
+
+def fetched(responses: Sequence[PackedResponse], fetch: Fetch) -> list[TokenArrays]:
+    """The arrays of each response: `fetch` gives those that are elsewhere, all together."""
+    references = [response.reference for response in responses if response.tokens is None]
+    found = iter(fetch(references) if references else ())
+    return [next(found) if response.tokens is None else response.tokens for response in responses]
+
+
+def no_fetch(references: list[Any]) -> list[TokenArrays]:
+    """For where all arrays are at hand."""
+    raise RuntimeError(f"the tokens of {len(references)} responses are elsewhere: at {references[0]}")
 
 
 def committed(attempts: AttemptTable, values: NDArray[Any]) -> NDArray[Any]:

@@ -8,6 +8,7 @@ import httpx
 import torch
 
 from common.config.run import InFlight
+from common.packed import PackedResponse
 from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
 from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.http.routes.admin import WeightLoader, admin_app
@@ -16,6 +17,7 @@ from rollout_server.http.routes.service import Service
 from rollout_server.http.server.settings import ServerSettings
 from rollout_server.http.server.tracing import Tracing
 from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.record import Record
 from rollout_server.replicas.replica import EngineFacts, Priors, ReplicaLost
 from rollout_server.replicas.use import EngineUse
 from tests.http_server import events
@@ -90,6 +92,9 @@ class StubReplica:
             return await self._say(request, listener)
         finally:
             self.under_way -= 1
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        raise NotImplementedError
 
     async def _say(self, request: ResponseRequest, listener: Any) -> Trajectory:
         attempts: list[Attempt] = []

@@ -1,6 +1,6 @@
 """The configuration of a training run, and the checks that need more than one of its parts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from common.config.data import (
     Treatment,
 )
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from common.config.off_policy import NO_IMPORTANCE_SAMPLING, ImportanceSampling, OldLogprobs
 
 SENTINEL_STEPS = 1
 """Engine steps that a response costs beyond its tokens: the last segment is judged one step after its end."""
@@ -177,6 +178,8 @@ class LearnerConfig(StrictModel):
     """The DeepSpeed learner. `minibatches_per_step`: optimizer steps a rollout is split into.
 
     `grad_accum_dtype`: what the gradients of micro-batches are summed in; in bfloat16 small ones are lost in the sum.
+    `old_logprobs`: what the importance ratio is taken against, by default `recomputed` with `importance_sampling` and
+    `behaviour` without.
     """
 
     ranks: int = Field(default=1, ge=1, le=4096)
@@ -188,9 +191,29 @@ class LearnerConfig(StrictModel):
     grad_accum_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ClippedObjective = ClippedObjective()
+    old_logprobs: OldLogprobs = "behaviour"
+    importance_sampling: ImportanceSampling = NO_IMPORTANCE_SAMPLING
     advantage: AdvantageConfig = AdvantageConfig()
     overlong: Overlong = NoOverlong()
     step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_have_a_default(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "old_logprobs" in given:
+            return given
+        sampling = given.get("importance_sampling")
+        kind = sampling.get("kind") if isinstance(sampling, dict) else getattr(sampling, "kind", None)
+        return given | {"old_logprobs": "recomputed"} if kind in ("token", "sequence") else given
+
+    @model_validator(mode="after")
+    def _weights_differ_from_one(self) -> "LearnerConfig":
+        if self.importance_sampling.kind != "none" and self.old_logprobs == "behaviour":
+            raise ValueError(
+                f"importance_sampling {self.importance_sampling.kind!r} needs old_logprobs: recomputed: a weight is "
+                "old over behaviour, so with old_logprobs: behaviour all of them are 1 (the ratio itself corrects then)"
+            )
+        return self
 
 
 InFlight = Literal["keep", "recompute", "wait", "abort"]

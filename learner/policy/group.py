@@ -16,10 +16,10 @@ from common import metrics
 from common.config.run import LearnerConfig, MaskOverlong, RunConfig
 from common.manifest import write_manifest
 from common.out_of_memory import learner_advice, ran_out_of_memory
-from common.trajectory import Group
+from common.packed import Group
 from common.weights import WeightUpdate
 from learner.environments.overlong import shaped_groups
-from learner.objectives.clipped import ObjectiveStatistics
+from learner.objectives import GapHistogram, ObjectiveStatistics, WeightStatistics
 from learner.policy.batching import RankBatch, rank_batches, split_minibatches, token_counts
 from learner.policy.model import PolicyError
 from learner.policy.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, NotFiniteError, Placement
@@ -73,7 +73,7 @@ class LearnerGroup:
         results: list[list[MinibatchResult]] = await self._call(
             "train", f"training step {step}", self._config.learner.step_seconds, each=work
         )
-        return _step_metrics(minibatches, results, self._config.learner.objective.kl_coefficient > 0.0)
+        return _step_metrics(minibatches, results, self._config.learner)
 
     async def export_weights(self, version: int) -> WeightUpdate:
         """Write the current weights once, for every replica on this machine to read, until `release_weights`.
@@ -321,7 +321,7 @@ def _publish(partial_directory: Path, directory: Path) -> None:
 
 
 def _step_metrics(
-    minibatches: Sequence[Sequence[RankBatch]], results: Sequence[Sequence[MinibatchResult]], with_kl: bool
+    minibatches: Sequence[Sequence[RankBatch]], results: Sequence[Sequence[MinibatchResult]], learner: LearnerConfig
 ) -> dict[str, float]:
     """Means over a step's minibatches. `minibatches`: [minibatch][rank]; `results`: [rank][minibatch]."""
     by_minibatch = list(zip(*results, strict=True))
@@ -341,13 +341,34 @@ def _step_metrics(
         metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
         metrics.RATIO_MIN: whole.ratio_min,
         metrics.RATIO_MAX: whole.ratio_max,
-        # Without a token that was run there is nothing to tell.
-        metrics.LOGPROB_GAP_MEAN: first.gap_sum / first.tokens if first.tokens else math.nan,
-        metrics.LOGPROB_GAP_MAX: first.gap_max if first.tokens else math.nan,
         metrics.PADDING_SHARE: 1.0 - real / padded,
         metrics.LEARNER_TOKENS: float(real),
         metrics.SKIPPED_SHARE: 1.0 - run / max(sum(batches[0].totals.responses for batches in minibatches), 1),
     }
-    if with_kl:
+    if learner.objective.kl_coefficient > 0.0:
         values[metrics.KL] = whole.kl_sum / max(whole.tokens, 1)
-    return values
+    # Against behaviour's log-probs only the first minibatch is of the policy before any update.
+    gaps = (first if learner.old_logprobs == "behaviour" else whole).gaps
+    values |= _gap_metrics(gaps)
+    return values | _weight_metrics(whole.weights) if learner.importance_sampling.kind != "none" else values
+
+
+def _gap_metrics(gaps: GapHistogram) -> dict[str, float]:
+    """Without a token that was run there is nothing to tell: NaN."""
+    return {
+        metrics.LOGPROB_GAP_MEAN: gaps.mean,
+        metrics.LOGPROB_GAP_P50: gaps.quantile(0.5),
+        metrics.LOGPROB_GAP_P90: gaps.quantile(0.9),
+        metrics.LOGPROB_GAP_P99: gaps.quantile(0.99),
+        metrics.LOGPROB_GAP_P999: gaps.quantile(0.999),
+        metrics.LOGPROB_GAP_MAX: gaps.max if gaps.tokens else math.nan,
+        metrics.BEHAVIOUR_KL: gaps.kl,
+    }
+
+
+def _weight_metrics(weights: WeightStatistics) -> dict[str, float]:
+    return {
+        metrics.IMPORTANCE_WEIGHT_MEAN: weights.mean,
+        metrics.IMPORTANCE_OUTLIER_SHARE: weights.outlier_share,
+        metrics.IMPORTANCE_EFFECTIVE_SHARE: weights.effective_share,
+    }

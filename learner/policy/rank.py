@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from common.config.run import RunConfig
-from learner.objectives.clipped import MinibatchTotals, ObjectiveInputs, ObjectiveStatistics, compute_objective
-from learner.policy.batching import MicroBatch, RankBatch, TrainingSample, collate
+from common.packed import TokenArrays
+from learner.objectives import MinibatchTotals, ObjectiveInputs, ObjectiveStatistics, compute_objective
+from learner.policy.batching import MicroBatch, RankBatch, collate, with_tokens
 from learner.policy.model import learning_rate, load_policy, response_logprobs
+from learner.policy.samples import TrainingSample
 from learner.weights.host import ParameterShape, WrittenWeights, weight_directory, write_weights
 
 CHECKPOINT_TAG = "deepspeed"
@@ -114,12 +116,19 @@ class LearnerRank:
     def train(self, batches: list[RankBatch]) -> list[MinibatchResult]:
         """One optimizer step for each minibatch, of which this rank gets its micro-batches."""
         results = []
-        for number, batch in enumerate(batches, start=1):
+        batches = with_tokens(batches, self._fetch)
+        old_logprobs = self._old_logprobs(batches)
+        for number, (batch, old) in enumerate(zip(batches, old_logprobs, strict=True), start=1):
             try:
-                results.append(self._train_minibatch(batch))
+                results.append(self._train_minibatch(batch, old))
             except NotFiniteError as error:
                 raise NotFiniteError(f"minibatch {number} of {len(batches)}: {error}") from None
         return results
+
+    def _fetch(self, references: list[Any]) -> list[TokenArrays]:
+        """What the references lead to, from wherever the responses were generated: views of shared memory."""
+        found: list[TokenArrays] = ray.get(references, timeout=self._config.learner.step_seconds)
+        return found
 
     def export_weights(self, file_name: str) -> WrittenWeights | None:
         """Rank 0 writes the parameters into shared memory and returns what it wrote; the others return None."""
@@ -178,14 +187,30 @@ class LearnerRank:
     def _device(self) -> torch.device:
         return torch.device(self._engine.device)
 
-    def _train_minibatch(self, batch: RankBatch) -> MinibatchResult:
+    def _old_logprobs(self, batches: list[RankBatch]) -> list[list[Tensor | None]]:
+        """Log-probs of the policy as it is now, for every micro-batch of every minibatch.
+
+        None where they need no forward pass of their own: if behaviour's are used, and in the first minibatch, whose
+        own forward pass gives them.
+        """
+        first, later = batches[:1], batches[1:]
+        found: list[list[Tensor | None]] = [[None] * len(batch.microbatches) for batch in first]
+        if self._config.learner.old_logprobs == "behaviour":
+            return found + [[None] * len(batch.microbatches) for batch in later]
+        with torch.no_grad():
+            for batch in later:
+                microbatches = (collate(samples).to(self._device) for samples in batch.microbatches)
+                found.append([response_logprobs(self._engine, microbatch) for microbatch in microbatches])
+        return found
+
+    def _train_minibatch(self, batch: RankBatch, old_logprobs: list[Tensor | None]) -> MinibatchResult:
         rate = self._set_learning_rate()
         total = ObjectiveStatistics()
         loss_sum = 0.0
         last = len(batch.microbatches) - 1
-        for index, samples in enumerate(batch.microbatches):
+        for index, (samples, old) in enumerate(zip(batch.microbatches, old_logprobs, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == last)
-            loss, statistics = self._loss(samples, batch.totals)
+            loss, statistics = self._loss(samples, batch.totals, old)
             # DeepSpeed averages gradients over the ranks; the loss is a share of the minibatch's sum.
             self._engine.backward(loss * self._world_size)
             loss_sum += float(loss.detach())
@@ -201,13 +226,23 @@ class LearnerRank:
             raise NotFiniteError(f"the gradient's norm is {norm} with a loss of {loss_sum:.3g} and {ratios}")
         return MinibatchResult(loss_sum, total, norm, rate)
 
-    def _loss(self, samples: list[TrainingSample], totals: MinibatchTotals) -> tuple[Tensor, ObjectiveStatistics]:
+    def _loss(
+        self, samples: list[TrainingSample], totals: MinibatchTotals, old_logprobs: Tensor | None
+    ) -> tuple[Tensor, ObjectiveStatistics]:
+        learner = self._config.learner
         batch = collate(samples).to(self._device)
         logprobs = response_logprobs(self._engine, batch)
+        if learner.old_logprobs == "recomputed" and old_logprobs is None:
+            old_logprobs = logprobs.detach()
         inputs = ObjectiveInputs(
-            logprobs, batch.behaviour_logprobs, batch.advantages, batch.mask, self._reference_logprobs(batch)
+            logprobs,
+            batch.behaviour_logprobs,
+            batch.advantages,
+            batch.mask,
+            self._reference_logprobs(batch),
+            old_logprobs,
         )
-        return compute_objective(self._config.learner.objective, inputs, totals)
+        return compute_objective(learner.objective, inputs, totals, learner.importance_sampling)
 
     def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
         if self._reference is None:

@@ -7,12 +7,14 @@ from typing import Any
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from common.config.run import EngineConfig, InFlight, ModelConfig
+from common.packed import PackedResponse
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.engine import ErasableEngine
 from rollout_server.engine.errors import CannotSample, EngineClosed, RecordLost, WeightSyncError
 from rollout_server.engine.listener import Listener, PromptScores
 from rollout_server.engine.stopping import generate_until_stop
+from rollout_server.replicas.packing import packed
 from rollout_server.replicas.record import Record, Recorder
 from rollout_server.replicas.replica import EngineFacts, NoWeights, Priors, ReplicaLost, RequestRefused
 from rollout_server.replicas.use import EngineUse
@@ -34,15 +36,24 @@ class LocalReplica:
         self._engine = await ErasableEngine.start(self._model, self._config, version=self._version)
         return engine_facts(self._engine)
 
-    async def generate(self, request: ResponseRequest, listener: Listener | Record | None) -> Trajectory:
+    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         engine = self.engine
-        if isinstance(listener, Record):
-            listener = Recorder(listener.parts.append)
         with self._translated(engine):
-            if not request.stop:
-                return await engine.generate(request, listener)
-            tokenizer: Any = engine.llm.get_tokenizer()
-            return await generate_until_stop(engine, tokenizer.backend_tokenizer, request, listener)
+            return await engine.generate(request, listener)
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        return await self.generate_heard(request, None if record is None else Recorder(record.parts.append))
+
+    async def generate_heard(self, request: ResponseRequest, listener: Listener | None) -> PackedResponse:
+        """As `generate_packed`; `listener` hears of judgements."""
+        engine = self.engine
+        tokenizer: Any = engine.llm.get_tokenizer()
+        with self._translated(engine):
+            if request.stop:
+                trajectory = await generate_until_stop(engine, tokenizer.backend_tokenizer, request, listener)
+            else:
+                trajectory = await engine.generate(request, listener)
+        return packed(trajectory, request, tokenizer)
 
     async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> PromptScores:
         engine = self.engine

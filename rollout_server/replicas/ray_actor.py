@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import pickle
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from common.config.run import EngineConfig, InFlight, ModelConfig
+from common.packed import PackedResponse
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.cores import chosen_threads, threads_per_engine
@@ -33,8 +35,10 @@ CLOSE_SECONDS = 6.0
 Event = tuple[int, str, Any]
 """Key of the response, what happened, and its arguments."""
 
-Hearing = Literal["nothing", "record", "judgements", "tokens"]
+Hearing = Literal["nothing", "judgements", "tokens"]
 """What is to be said of a response before it is finished."""
+
+Finished = Trajectory | PackedResponse
 
 
 class EventQueue:
@@ -105,22 +109,24 @@ class ReplicaActor:
 
     async def submit(self, key: int, request: ResponseRequest, hearing: Hearing) -> None:
         """Begin a response; how it goes on is among the events."""
-        self._tasks[key] = asyncio.create_task(self._respond(key, request, self._listener(key, hearing)))
+        teller = None if hearing == "nothing" else _Teller(key, self._queue, wants_tokens=hearing == "tokens")
+        self._begin(key, self._replica.generate(request, teller))
 
-    def _listener(self, key: int, hearing: Hearing) -> Listener | None:
-        if hearing == "nothing":
-            return None
-        if hearing == "record":
-            return Recorder(lambda part: self._queue.put((key, "record", part), urgent=False))
-        return _Teller(key, self._queue, wants_tokens=hearing == "tokens")
+    async def submit_packed(self, key: int, request: ResponseRequest, recorded: bool) -> None:
+        """Begin a response for training."""
+        recorder = Recorder(lambda part: self._queue.put((key, "record", part), urgent=False)) if recorded else None
+        self._begin(key, self._replica.generate_heard(request, recorder))
 
-    async def _respond(self, key: int, request: ResponseRequest, listener: Listener | None) -> None:
+    def _begin(self, key: int, response: Coroutine[Any, Any, Finished]) -> None:
+        self._tasks[key] = asyncio.create_task(self._respond(key, response))
+
+    async def _respond(self, key: int, response: Coroutine[Any, Any, Finished]) -> None:
         try:
-            trajectory = await self._replica.generate(request, listener)
+            finished = await response
         except Exception as error:
             self._queue.put((key, "failed", _portable(error)))
         else:
-            self._queue.put((key, "finished", trajectory))
+            self._queue.put((key, "finished", finished))
         finally:
             del self._tasks[key]
 
@@ -217,7 +223,7 @@ class RayReplica:
         self._placement = placement
         self._actor: Any = None
         self._keys = itertools.count(1)
-        self._responses: dict[int, tuple[Listener | Record | None, asyncio.Future[Trajectory]]] = {}
+        self._responses: dict[int, tuple[Listener | Record | None, asyncio.Future[Any]]] = {}
         self._polling: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineFacts:
@@ -233,14 +239,25 @@ class RayReplica:
         self._polling = asyncio.create_task(self._poll())
         return facts
 
-    async def generate(self, request: ResponseRequest, listener: Listener | Record | None) -> Trajectory:
+    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
+        trajectory: Trajectory = await self._generate("submit", request, listener, _hearing(listener))
+        return trajectory
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        response: PackedResponse = await self._generate("submit_packed", request, record, record is not None)
+        return response
+
+    async def _generate(
+        self, method: str, request: ResponseRequest, listener: Listener | Record | None, hearing: Hearing | bool
+    ) -> Any:
+        """What `method` of the actor ends with; `listener` gets what is said before."""
         self._check_running()
         key = next(self._keys)
-        finished: asyncio.Future[Trajectory] = asyncio.get_running_loop().create_future()
+        finished: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._responses[key] = listener, finished
         actor = self._actor
         try:
-            await self._call(actor.submit.remote(key, request, _hearing(listener)))
+            await self._call(getattr(actor, method).remote(key, request, hearing))
             return await finished
         except asyncio.CancelledError:
             actor.cancel.remote(key)
@@ -348,9 +365,7 @@ class RayReplica:
             raise
 
 
-def _hearing(listener: Listener | Record | None) -> Hearing:
+def _hearing(listener: Listener | None) -> Hearing:
     if listener is None:
         return "nothing"
-    if isinstance(listener, Record):
-        return "record"
     return "tokens" if listener.wants_tokens else "judgements"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.config.run import InFlight
+from common.packed import PackedResponse
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.listener import Listener, PromptScores
@@ -48,16 +49,23 @@ class Replica(Protocol):
         """Start or, after a loss, restart."""
         ...
 
-    async def generate(self, request: ResponseRequest, listener: Listener | Record | None) -> Trajectory:
+    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         """Generate one response; cancelling frees what it holds.
 
-        Without a listener or a record nothing is known of a response that is lost; with one, what was judged.
+        Without a listener nothing is known of a response that is lost; with one, what was judged.
 
         Raises:
             ReplicaLost: the engine died.
             NoWeights: the last sync failed.
             GenerationAborted: the engine ended the response on purpose.
             RequestRefused: with the reason.
+        """
+        ...
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        """As `generate`, for training: as arrays with its text, and ended by `request.stop`.
+
+        `record` gets what is judged, in case that the replica is lost.
         """
         ...
 

@@ -15,7 +15,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from common import metrics as names
 from common.config.run import EngineConfig, InFlight, RunConfig
 from common.out_of_memory import engine_advice, ran_out_of_memory
-from common.trajectory import ResponseRequest, Trajectory
+from common.packed import PackedResponse
+from common.trajectory import ResponseRequest
 from common.weights import ReplicaSync, SyncReport, WeightUpdate
 from rollout_server.engine.errors import GenerationAborted
 from rollout_server.replicas.errors import NoReplicaReady, StartFailed, WeightsNotLoaded
@@ -110,7 +111,7 @@ class PoolRollouts:
         """Look every so often whether replicas live and get on."""
         self._watching = asyncio.create_task(self._pool.watch(every_seconds))
 
-    async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
+    async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
         """Generate all groups, each on the replica with the fewest responses under way.
 
         Responses may wait for places, however many they are. What is watched is whether replicas get on.
@@ -118,7 +119,7 @@ class PoolRollouts:
         Raises:
             ReplicaError: no replica is left, or those that generate a group die of it.
         """
-        finished: asyncio.Queue[Trajectory | asyncio.Task[None]] = asyncio.Queue()
+        finished: asyncio.Queue[PackedResponse | asyncio.Task[None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._group(group, finished)) for group in groups]
         for task in tasks:
             task.add_done_callback(finished.put_nowait)
@@ -126,7 +127,7 @@ class PoolRollouts:
         try:
             while unfinished:
                 item = await finished.get()
-                if isinstance(item, Trajectory):
+                if isinstance(item, PackedResponse):
                     yield item
                 else:
                     item.result()
@@ -137,7 +138,7 @@ class PoolRollouts:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _group(
-        self, group: Sequence[ResponseRequest], finished: "asyncio.Queue[Trajectory | asyncio.Task[None]]"
+        self, group: Sequence[ResponseRequest], finished: "asyncio.Queue[PackedResponse | asyncio.Task[None]]"
     ) -> None:
         responses = [_Response(request) for request in group]
         tries = 0
@@ -182,7 +183,7 @@ class PoolRollouts:
         member: Member,
         responses: list[_Response],
         number: int,
-        finished: "asyncio.Queue[Trajectory | asyncio.Task[None]]",
+        finished: "asyncio.Queue[PackedResponse | asyncio.Task[None]]",
     ) -> None:
         """Generate what is left of a group on `member`, the first time or again; the first failure ends it."""
         requests = [response.request for response in responses]
@@ -207,16 +208,15 @@ class PoolRollouts:
         member: Member,
         response: _Response,
         request: ResponseRequest,
-        finished: "asyncio.Queue[Trajectory | asyncio.Task[None]]",
+        finished: "asyncio.Queue[PackedResponse | asyncio.Task[None]]",
     ) -> None:
         # Nothing is ever judged of a plain response: it begins anew.
         record = response.record if request.policy is not None else None
-        trajectory = await member.replica.generate(request, record)
+        answer = await member.replica.generate_packed(request, record)
         member.progressed = time.monotonic()
         response.finished = True
-        if request is not response.request:
-            trajectory = trajectory.model_copy(update={"group_id": response.request.group_id})
-        finished.put_nowait(trajectory)
+        answer.group_id = response.request.group_id
+        finished.put_nowait(answer)
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> SyncReport:
         """Load `update` into every replica at once; see `Rollouts.sync`.

@@ -24,12 +24,14 @@ class WorkerRewards:
         self._settings = settings
         workers = settings.workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         self._pool = WorkerPool(load, workers, settings.start_seconds)
+        self.reads_tokens = False
 
     async def start(self) -> Reading:
         outcome = await self._pool.start()
         if outcome.failure is not None:
             raise InputError(f"reward {self._name}: {outcome.message}")
         assert outcome.reading is not None
+        self.reads_tokens = outcome.reading.tokens
         return outcome.reading
 
     async def score(self, item: RewardItem) -> Score:

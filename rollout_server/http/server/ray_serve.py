@@ -36,6 +36,12 @@ MAX_ONGOING = 100_000
 """Serve's own limit is out of the way: the endpoint's queue answers with 429 itself."""
 POLL_SECONDS = 0.2
 """How often Serve looks whether a replica that it stops still has requests."""
+FOR_SERVE = {
+    "port": "http_options.port",
+    "ray_address": "the cluster that the file is given to",
+    "serve": "always so",
+}
+"""Settings that a config file of Serve's has in another place."""
 
 
 class _Entrance:
@@ -135,6 +141,25 @@ def _deploy(settings: ServerSettings) -> Any:
     serve.start(
         http_options={"host": settings.host, "port": settings.port, "request_timeout_s": settings.request_seconds + 30}
     )
+    return serve.run(_application(settings), name=DEPLOYMENT, route_prefix="/")
+
+
+def application(arguments: dict[str, Any]) -> serve.Application:
+    """The endpoint for a config file of Ray Serve, as `serve deploy` and KubeRay's RayService read it.
+
+    `arguments`, the file's `args`, are settings of the server; those that they leave out come from the environment.
+
+    Raises:
+        ValueError: a setting is wrong, or Serve's to decide.
+    """
+    for name, place in FOR_SERVE.items():
+        if name in arguments:
+            raise ValueError(f"args.{name}: with a config file of Ray Serve this is {place}")
+    settings = ServerSettings(**arguments)
+    return _application(settings.model_copy(update={"threads": engine_threads(settings)}))
+
+
+def _application(settings: ServerSettings) -> serve.Application:
     # Ray's own default is a thread for each CPU that an actor asks for.
     threads = {"OMP_NUM_THREADS": str(settings.threads)}
     resources: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": threads}}
@@ -148,7 +173,7 @@ def _deploy(settings: ServerSettings) -> Any:
     }
     # A type checker does not see what the decorators make of a class.
     deployment = cast(serve.Deployment, Endpoint).options(**options)
-    return serve.run(deployment.bind(settings), name=DEPLOYMENT, route_prefix="/")
+    return deployment.bind(settings)
 
 
 def _stop(settings: ServerSettings) -> None:

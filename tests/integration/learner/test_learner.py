@@ -21,14 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import metrics
 from common.config.run import AdvantageConfig, RunConfig
-from common.trajectory import Group, Trajectory
+from common.packed import Group
+from common.trajectory import Trajectory
 from common.weights import weight_checksum
-from learner.objectives.clipped import MinibatchTotals, ObjectiveInputs, compute_objective
+from learner.objectives import GapHistogram, MinibatchTotals, ObjectiveInputs, compute_objective
 from learner.policy.batching import collate, split_minibatches
 from learner.policy.group import LearnerError, LearnerGroup
 from learner.policy.model import load_policy, response_logprobs
 from tests.models import tiny_llama, tiny_qwen3
-from tests.trajectories import random_groups, recorded_near
+from tests.trajectories import changed, random_groups, recorded_near, with_rewards
 
 STEPS = 3
 WARMUP = 2
@@ -121,24 +122,31 @@ def plain_training(config: RunConfig, batches: list[list[Group]]) -> Reference:
     reference = Reference([], [], [], policy)
     for step, groups in enumerate(batches):
         losses, norms = [], []
-        parts = split_minibatches(
-            groups, config.learner.advantage, config.learner.minibatches_per_step, config.seed, step
-        )
-        for index, part in enumerate(parts):
+        learner, gaps = config.learner, GapHistogram()
+        parts = split_minibatches(groups, learner.advantage, learner.minibatches_per_step, config.seed, step)
+        recomputes = learner.old_logprobs == "recomputed"
+        with torch.no_grad():
+            starts = [response_logprobs(policy, collate(part)) if recomputes else None for part in parts]
+        for index, (part, old) in enumerate(zip(parts, starts, strict=True)):
             batch = collate(part)
             inputs = ObjectiveInputs(
-                response_logprobs(policy, batch), batch.behaviour_logprobs, batch.advantages, batch.mask
+                response_logprobs(policy, batch),
+                batch.behaviour_logprobs,
+                batch.advantages,
+                batch.mask,
+                old_logprobs=old,
             )
             totals = MinibatchTotals(len(part), sum(s.response_length for s in part))
-            loss, statistics = compute_objective(config.learner.objective, inputs, totals)
-            if index == 0:
-                reference.gaps.append(statistics.gap_sum / statistics.tokens)
+            loss, statistics = compute_objective(learner.objective, inputs, totals, learner.importance_sampling)
+            if index == 0 or recomputes:
+                gaps.add(statistics.gaps)
             optimizer.zero_grad()
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_gradient_norm)))
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
+        reference.gaps.append(gaps.mean)
         reference.losses.append(sum(losses) / len(losses))
         reference.norms.append(sum(norms) / len(norms))
     return reference
@@ -153,13 +161,21 @@ class Trained:
     logs: Path
 
 
-@pytest.fixture(scope="module", params=[(0, "tied"), (1, "untied"), (2, "untied"), (3, "tied")])
+TOKEN_WEIGHTS = {"importance_sampling": {"kind": "token", "cap": 1.1}}
+SEQUENCE_WEIGHTS = {"importance_sampling": {"kind": "sequence", "cap": 1.2, "outliers": "mask"}}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(0, "tied", {}), (1, "untied", SEQUENCE_WEIGHTS), (2, "untied", {}), (3, "tied", TOKEN_WEIGHTS)],
+    ids=["0-tied", "1-untied-sequence", "2-untied", "3-tied-token"],
+)
 def trained(
     request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Trained]:
     """Two ranks after three steps."""
-    stage, family = request.param
-    config = run_config(models[family], ranks=2, zero_stage=stage)
+    stage, family, weights = request.param
+    config = run_config(models[family], ranks=2, zero_stage=stage, **weights)
     batches = rollouts(config, STEPS)
     logs = tmp_path_factory.mktemp("log")
     group = LearnerGroup(config, logs)
@@ -182,6 +198,8 @@ def test_two_zero_ranks_train_as_plain_adamw_does(trained: Trained) -> None:
     gaps = [step[metrics.LOGPROB_GAP_MEAN] for step in trained.steps]
     assert gaps == pytest.approx(reference.gaps, abs=1e-5)
     assert all(step[metrics.LOGPROB_GAP_MAX] >= gap > 0.0 for step, gap in zip(trained.steps, gaps, strict=True))
+    if trained.config.learner.importance_sampling.kind != "none":
+        assert all(0.0 < step[metrics.IMPORTANCE_OUTLIER_SHARE] < 1.0 for step in trained.steps)
 
 
 def test_exported_weights_are_transformers_state_dict(trained: Trained, tmp_path: Path) -> None:
@@ -245,9 +263,9 @@ def impossible(group: Group) -> Group:
             attempt.model_copy(update={"behaviour_logprobs": [-1000.0] * len(attempt.token_ids)})
             for attempt in trajectory.attempts
         ]
-        return trajectory.model_copy(update={"attempts": attempts}, deep=True)
+        return trajectory.model_copy(update={"attempts": attempts})
 
-    return group.model_copy(update={"trajectories": [spoilt(t) for t in group.trajectories]})
+    return changed(group, spoilt)
 
 
 def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
@@ -300,7 +318,7 @@ def weight_files() -> set[Path]:
 
 
 def _all_alike(group: Group) -> Group:
-    return group.model_copy(update={"trajectories": [t.model_copy(update={"reward": 1.0}) for t in group.trajectories]})
+    return with_rewards(group, [1.0] * len(group.trajectories))
 
 
 def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path], tmp_path: Path) -> None:
@@ -378,8 +396,7 @@ def test_an_advantage_that_can_t_be_computed_is_raised_here_and_breaks_nothing(
 ) -> None:
     config = run_config(models["tied"])
     (groups,) = rollouts(config, 1)
-    rewardless = groups[0].trajectories[0].model_copy(update={"reward": None})
-    broken = groups[0].model_copy(update={"trajectories": [rewardless, *groups[0].trajectories[1:]]})
+    broken = with_rewards(groups[0], [None, *(t.reward for t in groups[0].trajectories[1:])])
     group = LearnerGroup(config, tmp_path)
     with pytest.raises(ValueError, match="response 0 to prompt 'p0' has no reward"):
         asyncio.run(group.train_step([broken], 0))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from common import metrics as names
 from common.config.erasure import ErasurePolicy
 from common.config.run import EngineConfig, InFlight
+from common.packed import PackedResponse, pack, unpack
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.errors import GenerationAborted
@@ -70,18 +71,21 @@ class Replica:
         self._dead.set()
 
     async def generate(self, request: ResponseRequest, listener: Any) -> Trajectory:
+        raise NotImplementedError
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
         self.requests.append(request)
         if not self.alive:
             raise ReplicaLost("dead")
         dead, aborted = self._dead, self._aborted
-        work = asyncio.create_task(self._generate(request, listener))
+        work = asyncio.create_task(self._generate(request, record))
         ends = [asyncio.create_task(dead.wait()), asyncio.create_task(aborted.wait())]
         try:
             await asyncio.wait({work, *ends}, return_when=asyncio.FIRST_COMPLETED)
             if dead.is_set():
                 raise ReplicaLost("died")
             if work.done():
-                return work.result()
+                return pack(work.result())
             raise GenerationAborted("aborted")
         finally:
             for task in (work, *ends):
@@ -199,7 +203,7 @@ async def answered(rollouts: PoolRollouts, wanted: list[list[ResponseRequest]]) 
     """All answers, each of them whole, and each once."""
     try:
         async with asyncio.timeout(20.0):
-            found = [answer async for answer in rollouts.generate(wanted)]
+            found = [unpack(answer) async for answer in rollouts.generate(wanted)]
     finally:
         await rollouts.close()
     assert sorted((t.group_id, t.sample) for t in found) == sorted((r.group_id, r.sample) for g in wanted for r in g)
@@ -434,7 +438,7 @@ async def test_those_that_wait_for_a_replica_get_it_in_the_order_in_which_they_c
     assert groups[-6:] == ["0", "1", "2", "3", "4", "5"]
 
 
-async def _first(rollouts: PoolRollouts, groups: Sequence[Sequence[ResponseRequest]]) -> Trajectory:
+async def _first(rollouts: PoolRollouts, groups: Sequence[Sequence[ResponseRequest]]) -> PackedResponse:
     (answer,) = [answer async for answer in rollouts.generate(groups)]
     return answer
 

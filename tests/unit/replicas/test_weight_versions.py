@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.config.run import InFlight
+from common.packed import PackedResponse
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.replicas import pool as replicas_module
 from rollout_server.replicas.errors import VersionNotNewer, WeightsNotLoaded
 from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.record import Record
 from rollout_server.replicas.replica import EngineFacts, ReplicaLost
 from rollout_server.replicas.use import EngineUse
 
@@ -57,6 +59,9 @@ class FakeReplica:
         return EngineFacts(FIRST_VERSION, 1024, (), 320, {})
 
     async def generate(self, request: ResponseRequest, listener: Any) -> Trajectory:
+        raise NotImplementedError
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
         raise NotImplementedError
 
     async def probe(self) -> EngineUse:
