@@ -220,7 +220,7 @@ InFlight = Literal["keep", "recompute", "wait", "abort"]
 
 
 class SyncConfig(StrictModel):
-    """Weight sync. `host`: safetensors in shared memory, for replicas on the learner's machine.
+    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine.
 
     `in_flight`: what becomes of responses that are under way. `recompute` goes on with them, and computes their KV
     cache anew under the new weights; `keep` goes on with the old KV cache; `wait` lets them finish first, within the
@@ -228,7 +228,7 @@ class SyncConfig(StrictModel):
     version that sampled it.
     """
 
-    backend: Literal["host"] = "host"
+    transport: Literal["host"] = "host"
     deadline_seconds: float = Field(default=120.0, gt=0.0)
     in_flight: InFlight = "recompute"
 

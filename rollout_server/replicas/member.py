@@ -12,9 +12,10 @@ class Member:
     """A replica in the pool. `error`: why it does not generate; null if it does.
 
     `version`, `checksum`: what it holds; without a checksum what it was started with, or after a failed sync nothing.
-    `gave_up`: it died and is restarted no more. `non_finite_version`: of the last weights here whose logits were not
-    finite. `use`: as it was when the replica was last probed. `moved`, `progressed`: when its engine was last seen to
-    have made a step, and when it finished a response, or had no reason to. `priors`: the statistics that it gave last.
+    `unreachable`: the transport cannot bring weights to it. `gave_up`: it died and is restarted no more.
+    `non_finite_version`: of the last weights here whose logits were not finite. `use`: as it was when the replica was
+    last probed. `moved`, `progressed`: when its engine was last seen to have made a step, and when it finished a
+    response, or had no reason to. `priors`: the statistics that it gave last.
     """
 
     number: int
@@ -26,6 +27,7 @@ class Member:
     sync_seconds: float = 0.0
     sync_bytes: int = 0
     sync_error: str | None = None
+    unreachable: bool = False
     synced: bool = False
     restarts: int = 0
     gave_up: bool = False

@@ -12,6 +12,7 @@ from common.weights import WeightUpdate
 from rollout_server.replicas.errors import NoReplicaReady, StartFailed, VersionNotNewer, WeightsNotLoaded
 from rollout_server.replicas.member import Member
 from rollout_server.replicas.replica import EngineFacts, Replica, ReplicaLost
+from rollout_server.weights.receiver import NotReachable
 
 log = logging.getLogger("e3rl.replicas")
 MAX_REASON_CHARACTERS = 500
@@ -179,8 +180,10 @@ class Pool:
         async with self._changing:
             member.version = facts.version
             member.checksum = None
-            if self.update is not None and self.kept is not None:
-                update = self.update.model_copy(update={"path": self.kept.path()})
+            if self.update is not None:
+                update = self.update
+                if self.kept is not None:
+                    update = update.model_copy(update={"path": self.kept.path()})
                 await self._load(member, update, self._sync_seconds)
                 if member.sync_error is not None:
                     raise ReplicaLost(member.sync_error)
@@ -286,29 +289,30 @@ class Pool:
             reasons = "; ".join(f"replica {m.number}: {m.sync_error}" for m in failed)
             raise WeightsNotLoaded(f"weights were not loaded: {reasons}", may_come=False)
 
-    async def publish(
-        self, update: WeightUpdate, kept: Kept, deadline_seconds: float, in_flight: InFlight
-    ) -> list[Member]:
+    async def publish(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight) -> list[Member]:
         """Load `update` into all replicas; returns those that hold it, at least one.
 
-        Whatever replica lacks it is restarted and gets it before it serves again; it is not waited for.
+        Whatever replica lacks it is restarted and gets it before it serves again; it is not waited for. Until the next
+        call returns, `update` must be there to be loaded. The version may be any.
 
         Raises:
-            WeightsNotLoaded: no replica holds it within the deadline, or none could load it though it lived.
+            WeightsNotLoaded: no replica holds it within the deadline, none could load it though it lived, or one can
+                never reach it.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deadline_seconds
         async with self._changing:
-            self.update, self.kept = update, kept
+            self.update, self.kept = update, None
             running = self._running()
             await asyncio.gather(*(self._load(member, update, deadline_seconds, in_flight) for member in running))
             failed = [member for member in running if member.sync_error is not None]
-            if failed and len(failed) == len(running) and not any(m.number in self._restarting for m in failed):
+            all_failed = len(failed) == len(running) and not any(m.number in self._restarting for m in failed)
+            if failed and (all_failed or any(m.unreachable for m in failed)):
                 reasons = "; ".join(f"replica {m.number}: {m.sync_error}" for m in failed)
                 raise WeightsNotLoaded(f"weights were not loaded: {reasons}", may_come=False)
             for member in failed:
                 self._restart_soon(member, f"did not load version {update.version} and is being restarted with it")
-        while not (holding := [m for m in self.ready if (m.version, m.checksum) == (update.version, update.checksum)]):
+        while not (holding := [m for m in self.ready if m.checksum is not None and m.version == update.version]):
             if loop.time() > deadline or all(member.gave_up for member in self.members):
                 reasons = "; ".join(map(str, self.members))
                 raise WeightsNotLoaded(f"no replica holds version {update.version}: {reasons}", may_come=False)
@@ -343,6 +347,7 @@ class Pool:
         except Exception as error:
             log.exception("replica %d did not load policy version %d", member.number, update.version)
             member.sync_error = _why(error, update)
+            member.unreachable = isinstance(error, NotReachable)
             member.checksum = None
             if member.number not in self._restarting:
                 member.error = "holds no complete weights: its last sync failed"
@@ -432,5 +437,5 @@ def _why(error: Exception, update: WeightUpdate) -> str:
     """Why weights were not loaded, for the operator: one line, without the path of the file."""
     if isinstance(error, TimeoutError):
         return "not within the deadline"
-    text = " ".join(str(error).replace(update.path, "the file").split())
+    text = " ".join(str(error).replace(update.place, "the file").split())
     return f"{type(error).__name__}: {text[:MAX_REASON_CHARACTERS]}"

@@ -27,7 +27,6 @@ from rollout_server.replicas.ray_actor import RayReplica
 from rollout_server.replicas.record import Record
 from rollout_server.replicas.replica import NoWeights, Priors, ReplicaLost
 from rollout_server.replicas.resubmission import on_replicas, requests_again
-from rollout_server.weights.kept_weights import KeptWeights
 
 log = logging.getLogger("e3rl.replicas")
 START_MARGIN_SECONDS = 10.0
@@ -52,19 +51,6 @@ class _Response:
     record: Record = field(default_factory=Record)
 
 
-class _Named:
-    """Weights that only their path leads to."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def path(self) -> str:
-        return self._path
-
-    def close(self) -> None:
-        return
-
-
 class PoolRollouts:
     """Implements `common.interfaces.Rollouts` with a `Pool` of Ray actors. Needs a connected Ray cluster."""
 
@@ -73,7 +59,6 @@ class PoolRollouts:
         self._placement: Placement | None = None
         self._pool = pool or Pool([], start_seconds=1.0, sync_seconds=1.0, probe_seconds=1.0)
         self._in_flight: InFlight = "recompute"
-        self._kept: KeptWeights | _Named | None = None
         self._watching: asyncio.Task[None] | None = None
         self._taken: dict[str, int] = {}
 
@@ -225,21 +210,16 @@ class PoolRollouts:
             ReplicaError: no replica holds it, with what each of them said.
         """
         started = time.perf_counter()
-        kept = _kept(update)
-        before, self._kept = self._kept, kept
         try:
-            holding = await self._pool.publish(update, kept, deadline_seconds, self._in_flight)
+            holding = await self._pool.publish(update, deadline_seconds, self._in_flight)
         except WeightsNotLoaded as error:
             raise ReplicaError(str(error)) from error
-        finally:
-            if before is not None:
-                before.close()
         return SyncReport(
             version=update.version,
             seconds=time.perf_counter() - started,
             bytes=update.bytes,
             replicas=[
-                ReplicaSync(replica=m.number, version=m.version, checksum=update.checksum, seconds=m.sync_seconds)
+                ReplicaSync(replica=m.number, version=m.version, checksum=m.checksum or "", seconds=m.sync_seconds)
                 for m in holding
             ],
         )
@@ -294,18 +274,6 @@ class PoolRollouts:
                 await self._pool.close()
         if self._placement is not None:
             self._placement.release()
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-
-
-def _kept(update: WeightUpdate) -> "KeptWeights | _Named":
-    """The file of `update`, open, so that a replica that is restarted later finds it though it has been removed."""
-    try:
-        return KeptWeights(Path(update.path))
-    except OSError:
-        # On another host, or gone: replicas say so themselves.
-        return _Named(update.path)
 
 
 def shared_out(state: Sequence[Priors], replicas: int) -> list[Priors]:

@@ -14,7 +14,7 @@ from common.config.erasure import ErasurePolicy
 from common.config.run import EngineConfig, InFlight
 from common.packed import PackedResponse, pack, unpack
 from common.trajectory import Attempt, ResponseRequest, Trajectory
-from common.weights import WeightUpdate
+from common.weights import DiskUpdate, WeightUpdate
 from rollout_server.engine.errors import GenerationAborted
 from rollout_server.replicas import pool as pool_module
 from rollout_server.replicas.pool import Pool
@@ -135,7 +135,7 @@ class Replica:
         if in_flight == "abort":
             self._aborted.set()
             self._aborted = asyncio.Event()
-        self.holds = (update.version, update.path)
+        self.holds = (update.version, update.place)
         return update.checksum
 
     async def priors(self) -> Priors:
@@ -341,7 +341,7 @@ async def test_a_group_that_kills_every_replica_ends_the_run_and_is_named() -> N
 
 
 def update(version: int) -> WeightUpdate:
-    return WeightUpdate(version=version, backend="host", path=f"/nowhere/{version}", checksum=f"c{version}", bytes=1)
+    return DiskUpdate(version=version, path=f"/nowhere/{version}", checksum=f"c{version}", bytes=1)
 
 
 async def test_a_replica_that_comes_back_gets_the_newest_weights_before_it_works() -> None:
