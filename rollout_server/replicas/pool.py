@@ -5,39 +5,28 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Protocol
 
 from common.config.run import InFlight
 from common.weights import WeightUpdate
-from rollout_server.replicas.errors import NoReplicaReady, StartFailed, VersionNotNewer, WeightsNotLoaded
+from rollout_server.replicas.errors import NoReplicaReady, StartFailed, WeightsNotLoaded
 from rollout_server.replicas.member import Member
+from rollout_server.replicas.newest import Kept, Newest, why_not
 from rollout_server.replicas.replica import EngineFacts, Replica, ReplicaLost
 from rollout_server.weights.receiver import NotReachable
 
 log = logging.getLogger("e3rl.replicas")
-MAX_REASON_CHARACTERS = 500
-MAX_VERSION = 2**63 - 1
 RESTART_PAUSE_SECONDS = 1.0
 SYNC_MARGIN_SECONDS = 10.0
 """What a sync is waited for beyond its own deadline, so that the replica's error arrives and not a time-out."""
 
 
-class Kept(Protocol):
-    """Weights that can be loaded again, whatever becomes of the checkpoint that they are from."""
-
-    def path(self) -> str:
-        """Where a replica finds the file now."""
-        ...
-
-
 class Pool:
     """The replicas of a training run or of a server.
 
-    `update`, `kept`: the newest weights that any replica has loaded, or that were published. A restarted replica gets
-    them before it is given requests, and one that did not load them is restarted, so that the versions that are served
-    never fall. With `stall_seconds` a replica is restarted whose engine makes no step for so long though it has
-    responses, and with `response_seconds` one that finishes none of them. `resubmissions`: of groups whose replica was
-    lost.
+    A restarted replica gets the newest weights before it is given requests, and one that did not load them is
+    restarted, so that the versions that are served never fall. With `stall_seconds` a replica is restarted whose engine
+    makes no step for so long though it has responses, and with `response_seconds` one that finishes none of them.
+    `resubmissions`: of groups whose replica was lost.
     """
 
     def __init__(
@@ -52,8 +41,7 @@ class Pool:
     ) -> None:
         self.members = [Member(number, replica) for number, replica in enumerate(replicas)]
         self.facts: EngineFacts | None = None
-        self.update: WeightUpdate | None = None
-        self.kept: Kept | None = None
+        self.newest = Newest()
         self.paused: str | None = None
         self.max_restarts_in_a_row = 5
         self._start_seconds = start_seconds
@@ -63,8 +51,6 @@ class Pool:
         self._response_seconds = response_seconds
         self.resubmissions = 0
         self._news = asyncio.Event()
-        self._newest_served = 0
-        self._newest_tried = 0
         self._restarting: dict[int, asyncio.Task[None]] = {}
         self._changing = asyncio.Lock()
         self._probing: asyncio.Task[list[str | None]] | None = None
@@ -80,7 +66,7 @@ class Pool:
             member.version = known.version
             member.error = None
             member.has_moved()
-        self._newest_served = self._newest_tried = facts[0].version
+        self.newest.served = self.newest.tried = facts[0].version
         return facts[0]
 
     @property
@@ -160,7 +146,7 @@ class Pool:
                 try:
                     await self._restart_once(member)
                 except Exception as error:
-                    reason = _reason(error, self.update)
+                    reason = why_not(error, self.newest.update)
                     member.error = f"died and restart {number} failed with {type(error).__name__}"
                     log.exception("restart %d of replica %d failed", number, member.number)
                     await asyncio.sleep(RESTART_PAUSE_SECONDS * 2**number)
@@ -180,10 +166,7 @@ class Pool:
         async with self._changing:
             member.version = facts.version
             member.checksum = None
-            if self.update is not None:
-                update = self.update
-                if self.kept is not None:
-                    update = update.model_copy(update={"path": self.kept.path()})
+            if (update := self.newest.to_load) is not None:
                 await self._load(member, update, self._sync_seconds)
                 if member.sync_error is not None:
                     raise ReplicaLost(member.sync_error)
@@ -232,13 +215,6 @@ class Pool:
     def _probed(self, _: "asyncio.Task[list[str | None]]") -> None:
         self._probing = None
 
-    def check_version(self, version: int | None) -> None:
-        """Raises `VersionNotNewer` if weights of this version cannot be the next ones."""
-        if version is not None and version < self._newest_served:
-            raise VersionNotNewer(
-                f"version {self._newest_served} has been served, and versions never fall: not {version}"
-            )
-
     async def sync(self, update: WeightUpdate, kept: Kept, version: int | None) -> WeightUpdate:
         """Load `update` into all replicas as `version`, or as the next one. A pause lasts on.
 
@@ -253,7 +229,7 @@ class Pool:
         deadline = loop.time() + self._sync_seconds
         while True:
             async with self._changing:
-                numbered = update.model_copy(update={"version": self._number(update, version)})
+                numbered = update.model_copy(update={"version": self.newest.number(update, version)})
                 if running := self._running():
                     await self._load_all(running, numbered, kept)
                     break
@@ -265,24 +241,12 @@ class Pool:
         """All that can be given weights, those without complete ones too."""
         return [m for m in self.members if m.number not in self._restarting and not m.gave_up]
 
-    def _number(self, update: WeightUpdate, version: int | None) -> int:
-        if version is None:
-            if self._newest_tried >= MAX_VERSION:
-                raise VersionNotNewer(f"version {MAX_VERSION} was the last one that there is")
-            return self._newest_tried + 1
-        self.check_version(version)
-        known = self.update
-        again = known is not None and (known.version, known.checksum) == (version, update.checksum)
-        if version == self._newest_served and not again:
-            raise VersionNotNewer(f"version {version} has been served with other weights")
-        return version
-
     async def _load_all(self, members: list[Member], update: WeightUpdate, kept: Kept) -> None:
-        self._newest_tried = max(self._newest_tried, update.version)
+        self.newest.tried = max(self.newest.tried, update.version)
         await asyncio.gather(*(self._load(member, update, self._sync_seconds) for member in members))
         failed = [member for member in members if member.sync_error is not None]
         if len(failed) < len(members):
-            self.update, self.kept = update, kept
+            self.newest.take(update, kept)
             for member in failed:
                 self._restart_soon(member, f"did not load version {update.version} and is being restarted with it")
         if failed:
@@ -302,7 +266,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deadline_seconds
         async with self._changing:
-            self.update, self.kept = update, None
+            self.newest.take(update, None)
             running = self._running()
             await asyncio.gather(*(self._load(member, update, deadline_seconds, in_flight) for member in running))
             failed = [member for member in running if member.sync_error is not None]
@@ -346,7 +310,7 @@ class Pool:
                 member.checksum = await member.replica.sync(update, seconds, in_flight)
         except Exception as error:
             log.exception("replica %d did not load policy version %d", member.number, update.version)
-            member.sync_error = _why(error, update)
+            member.sync_error = why_not(error, update)
             member.unreachable = isinstance(error, NotReachable)
             member.checksum = None
             if member.number not in self._restarting:
@@ -356,7 +320,7 @@ class Pool:
         else:
             member.sync_error = None
             member.version = update.version
-            self._newest_served = max(self._newest_served, update.version)
+            self.newest.served = max(self.newest.served, update.version)
             if member.number not in self._restarting:
                 member.error = None
         self.moved = time.monotonic()
@@ -427,15 +391,3 @@ async def _started(member: Member) -> EngineFacts:
         return await member.replica.start()
     except Exception as error:
         raise StartFailed(member.number, error) from error
-
-
-def _reason(error: Exception, update: WeightUpdate | None) -> str:
-    return _why(error, update) if update is not None else f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]
-
-
-def _why(error: Exception, update: WeightUpdate) -> str:
-    """Why weights were not loaded, for the operator: one line, without the path of the file."""
-    if isinstance(error, TimeoutError):
-        return "not within the deadline"
-    text = " ".join(str(error).replace(update.place, "the file").split())
-    return f"{type(error).__name__}: {text[:MAX_REASON_CHARACTERS]}"
