@@ -11,6 +11,8 @@ from common.config.data import (
     Data,
     ErasureTreatment,
     GroupShare,
+    ReasoningGymData,
+    ReasoningGymReward,
     Reward,
     ShareAdaptive,
     Treatment,
@@ -302,9 +304,19 @@ class RunConfig(StrictModel):
         """Responses of a group that are treated while the share applies."""
         return round(self.rollout.group_share.share * self.rollout.responses_per_group)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _data_brings_its_reward(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "reward" in given:
+            return given
+        data = given.get("data")
+        source = data.get("source", data.get("kind")) if isinstance(data, dict) else getattr(data, "source", None)
+        return given | {"reward": {"kind": "reasoning_gym"}} if source == "reasoning_gym" else given
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
         for check in (
+            _reward_fits,
             _length_fits,
             _segments_fit,
             _share_is_whole,
@@ -315,6 +327,17 @@ class RunConfig(StrictModel):
         ):
             check(self)
         return self
+
+
+def _reward_fits(config: RunConfig) -> None:
+    procedural = isinstance(config.data, ReasoningGymData)
+    if isinstance(config.reward, ReasoningGymReward) and not procedural:
+        raise ValueError(
+            f"reward.kind 'reasoning_gym' scores problems of data.kind 'reasoning_gym' only, not of "
+            f"{config.data.source!r}"
+        )
+    if isinstance(config.reward, ChainReward) and procedural:
+        raise ValueError("reward.kind 'chain' can't score problems of data.kind 'reasoning_gym': leave reward out")
 
 
 def _length_fits(config: RunConfig) -> None:
