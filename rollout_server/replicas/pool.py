@@ -330,7 +330,13 @@ class Pool:
     async def watch(self, every_seconds: float) -> None:
         """Probe the replicas until cancelled, so that a dead one is restarted before a request finds it."""
         while True:
+            began = time.monotonic()
             await asyncio.sleep(every_seconds)
+            # While this process stands still it hears of nothing, which says nothing of the replicas.
+            late = time.monotonic() - began - every_seconds
+            for member in self.members:
+                member.moved += late
+                member.progressed += late
             await self.probe_all()
             self._restart_the_stuck()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from common import metrics as names
 from common.config.run import EngineConfig, InFlight, RunConfig
@@ -293,6 +292,6 @@ def _cause(error: Exception, engine: EngineConfig) -> str:
     text = f"{type(cause).__name__}: {cause}"
     certain = ran_out_of_memory(text)
     # A process that the kernel killed for its memory says nothing of it, nor does vLLM of its engine's death.
-    if certain or isinstance(cause, RayActorError | EngineDeadError):
+    if certain or isinstance(cause, RayActorError) or type(cause).__name__ == "EngineDeadError":
         text += f" ({engine_advice(engine, certain)})"
     return text

@@ -2,6 +2,8 @@
 
 import asyncio
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -212,8 +214,8 @@ async def answered(rollouts: PoolRollouts, wanted: list[list[ResponseRequest]]) 
 
 
 async def test_thirty_two_responses_four_at_a_time_may_take_longer_than_one_response_may() -> None:
-    replica = Replica(4, 0.02)
-    await answered(await rollouts_of(replica, response=0.3), requests(4, 8))
+    replica = Replica(4, 0.05)
+    await answered(await rollouts_of(replica, response=1.0), requests(4, 8))
     assert replica.starts == 1
 
 
@@ -273,13 +275,13 @@ async def test_a_response_goes_on_from_its_last_judged_segment_on_another_replic
 @pytest.mark.parametrize("finished", [0, 1, 8])
 async def test_a_replica_that_makes_no_step_any_more_is_restarted(finished: int) -> None:
     replica = Replica(4, 0.001, stuck_after=finished)
-    await answered(await rollouts_of(replica, stall=0.1), requests(4, 8))
+    await answered(await rollouts_of(replica, stall=0.5), requests(4, 8))
     assert replica.starts == 2
 
 
 async def test_a_replica_that_makes_steps_but_finishes_nothing_is_restarted() -> None:
     replica = Replica(4, 0.001, stuck_after=2)
-    rollouts = await rollouts_of(replica, stall=5.0, response=0.2)
+    rollouts = await rollouts_of(replica, stall=5.0, response=0.5)
 
     async def steps() -> None:
         while True:
@@ -294,15 +296,15 @@ async def test_a_replica_that_makes_steps_but_finishes_nothing_is_restarted() ->
 
 async def test_a_stuck_replica_is_not_hidden_by_one_that_works() -> None:
     works, stuck = Replica(1, 0.005), Replica(1, 0.005, stuck_after=0)
-    await answered(await rollouts_of(works, stuck, stall=0.2), requests(8, 4))
+    await answered(await rollouts_of(works, stuck, stall=0.5), requests(8, 4))
     assert (works.starts, stuck.starts) == (1, 2)
 
 
 async def test_a_pool_that_was_idle_for_long_starts_its_watch_anew() -> None:
     replica = Replica(2, 0.005)
-    rollouts = await rollouts_of(replica, stall=0.1, response=0.1)
+    rollouts = await rollouts_of(replica, stall=0.5, response=0.5)
     for _ in range(2):
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.6)
         assert len([t async for t in rollouts.generate(requests(1, 2))]) == 2
     await rollouts.close()
     assert replica.starts == 1
@@ -489,3 +491,9 @@ def test_a_replica_that_ran_out_of_memory_says_what_to_lower() -> None:
     assert "memory ran out: lower rollout.engine.max_concurrent_responses (64)" in text
     assert "enforce_eager: true" in text
     assert "lower" not in _cause(ValueError("no such file"), engine)
+
+
+def test_the_driver_that_uses_the_pool_loads_neither_vllm_nor_transformers() -> None:
+    code = "import sys, rollout_server.replicas.rollouts; print({'vllm', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
