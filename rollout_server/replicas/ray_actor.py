@@ -30,7 +30,8 @@ SILENCE_SECONDS = 60.0
 """A poll that brings not even an empty answer for so long has lost its actor."""
 PATIENCE_SECONDS = 0.5
 """How long events wait that nobody waits for."""
-CLOSE_SECONDS = 6.0
+CLOSE_SECONDS = 12.0
+"""What an actor has to end its engine in: one that hangs is killed by it after some seconds, and by nobody else."""
 
 Event = tuple[int, str, Any]
 """Key of the response, what happened, and its arguments."""

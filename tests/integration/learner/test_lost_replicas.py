@@ -42,12 +42,14 @@ def test_a_replica_that_is_killed_or_hangs_in_the_middle_of_a_step_costs_no_resp
         engine_of(process).kill()
         wait_for_step(process, directory, 2)
         time.sleep(1.0)
-        engine_of(process).send_signal(signal.SIGSTOP)
+        hung = engine_of(process)
+        hung.send_signal(signal.SIGSTOP)
     except BaseException:
         process.kill()
         raise
     status, output = finish(process)
     assert status == 0, output
+    assert not hung.is_running(), "a replica's engine is left, with its memory"
     metrics = lines(directory)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert sum(line[names.REPLICA_RESTARTS] for line in metrics) == 2
