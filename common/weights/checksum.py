@@ -22,7 +22,7 @@ _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """XXH3 over the bytes of a tensor in host memory, 16 hexadecimal digits. Releases the GIL."""
-    return xxhash.xxh3_64_hexdigest(as_bytes(tensor))
+    return xxhash.xxh3_64_hexdigest(as_bytes(tensor).numpy().data)
 
 
 def weights_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -61,9 +61,9 @@ def _sum(tensor: torch.Tensor) -> int:
     return int(total)
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in host memory, without a copy if it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, without a copy if it is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -32,7 +32,18 @@ def _http(directory: Path) -> list[Finding]:
     return measure_http(directory)
 
 
-BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {"engine": _engine, "training": _training, "http": _http}
+def _weights(directory: Path) -> list[Finding]:
+    from tests.benchmarks.weights import measure_weights
+
+    return measure_weights(directory)
+
+
+BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {
+    "engine": _engine,
+    "training": _training,
+    "http": _http,
+    "weights": _weights,
+}
 
 
 def main() -> int:
