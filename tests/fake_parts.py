@@ -77,6 +77,9 @@ class FakeRollouts:
         if state:
             self.learnt = state[0]["learnt"]
 
+    def take_counts(self) -> dict[str, int]:
+        return {names.REPLICA_RESTARTS: 0, names.RESUBMISSIONS: 0}
+
     async def close(self) -> None:
         self.events.append("close")
 
@@ -136,6 +139,10 @@ class FakeLearner:
 
     async def start(self) -> None:
         self.events.append("start")
+
+    async def restart(self) -> None:
+        self.events.append("restart")
+        self.weight = "0"
 
     async def train_step(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         self.on_train(step)
