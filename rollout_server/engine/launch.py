@@ -31,7 +31,7 @@ def prepare_environment(engine: EngineConfig) -> None:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(1)),
+            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(engine.tensor_parallel_size)),
             # oneDNN keeps what it compiles for each batch size, 0.1 MiB and more a piece; by default 1,024 of them.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
         }
@@ -60,6 +60,9 @@ def engine_args(model: ModelConfig, engine: EngineConfig, address: str, version:
         num_gpu_blocks_override=engine.num_gpu_blocks_override,
         block_size=engine.block_size,
         enforce_eager=engine.enforce_eager,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        # Within a placement group vLLM would make Ray actors of its workers, for which the group has no room.
+        distributed_executor_backend="mp" if engine.tensor_parallel_size > 1 else None,
         enable_prefix_caching=True,
         # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
         enable_chunked_prefill=False if current_platform.is_cpu() else None,

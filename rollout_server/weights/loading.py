@@ -24,6 +24,9 @@ from common.weights import held_sum
 
 BACKEND = "e3rl"
 
+Sums = tuple[int, list[int]]
+"""`held_sum` of what was read, and of each part of what is held."""
+
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
@@ -41,8 +44,8 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     """Loads a safetensors file with vLLM's layerwise reload, and sums up what it read and what the model then holds.
 
     On CPU vLLM packs a layer's weights when they are complete and drops the plain ones, so the sum is taken from each
-    layer at that moment, and from what is left in place at the end. `sums`: `held_sum` of what was read and of what is
-    held; None after a failed update.
+    layer at that moment, and from what is left in place at the end. `sums`: `held_sum` of what was read, and of each
+    part of what is held, by its place in the model; None after a failed update.
     """
 
     init_info_cls = FileInitInfo
@@ -52,7 +55,7 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         pass
 
     def start_weight_update(self) -> None:
-        self.sums: tuple[int, int] | None = None
+        self.sums: Sums | None = None
         self._read = 0
         self._sums = _LayerSums()
         initialize_layerwise_reload(self.model)
@@ -76,7 +79,7 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         finally:
             self._sums.restore()
         _repack_tied_head(self.model)
-        self.sums = self._read % 2**64, self._sums.total(self.model)
+        self.sums = self._read % 2**64, self._sums.parts(self.model)
 
     def abandon(self) -> None:
         """After `start_weight_update`, and maybe `receive_weights`: the update will not be finished.
@@ -107,7 +110,7 @@ class _LayerSums:
     """Sums of layers, each taken when the layer's weights are complete and not yet packed."""
 
     def __init__(self) -> None:
-        self._sums: dict[torch.nn.Module, int] = {}
+        self._sums: dict[torch.nn.Module, list[int]] = {}
         self._restore: list[Callable[[], None]] = []
 
     def watch(self, layer: torch.nn.Module, method: Any) -> None:
@@ -117,7 +120,7 @@ class _LayerSums:
         original = method.process_weights_after_loading
 
         def process(module: torch.nn.Module) -> None:
-            self._sums[module] = held_sum(p.data for p in module.parameters(recurse=False))
+            self._sums[module] = [held_sum([p.data]) for p in module.parameters(recurse=False)]
             original(module)
 
         method.process_weights_after_loading = process
@@ -127,19 +130,19 @@ class _LayerSums:
         while self._restore:
             self._restore.pop()()
 
-    def total(self, model: torch.nn.Module) -> int:
+    def parts(self, model: torch.nn.Module) -> list[int]:
         """Of the whole model: watched layers as they were complete, the others as they are, each tensor once."""
-        total = 0
+        parts: list[int] = []
         seen: set[int] = set()
         for layer in model.modules():
             if layer in self._sums:
-                total += self._sums[layer]
+                parts += self._sums[layer]
                 seen.update(p.data_ptr() for p in layer.parameters(recurse=False))
         for parameter in model.parameters():
             if parameter.numel() and parameter.data_ptr() not in seen:
                 seen.add(parameter.data_ptr())
-                total += held_sum([parameter.data])
-        return total % 2**64
+                parts.append(held_sum([parameter.data]))
+        return parts
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
