@@ -21,7 +21,7 @@ def test_shares_are_added_and_copies_count_once(
     model: list[torch.Tensor] = []
     held: list[list[int]] = [[] for _ in range(ranks)]
     for rows, divided in parts:
-        whole = torch.randn(rows * ranks, 3, generator=generator) * (not zeros)
+        whole = torch.zeros(rows * ranks, 3) if zeros else torch.randn(rows * ranks, 3, generator=generator)
         model.append(whole)
         shares = whole.chunk(ranks) if divided else [whole] * ranks
         for rank, share in zip(held, shares, strict=True):
