@@ -75,6 +75,11 @@ class EngineConfig(StrictModel):
     )
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
 
+    @property
+    def silence_seconds(self) -> float:
+        """How long no response may arrive from a pool that works: a stuck replica is noticed, and restarts may fail."""
+        return self.response_seconds + max(self.max_restarts, 1) * self.start_seconds
+
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -202,6 +207,9 @@ class LearnerConfig(StrictModel):
     advantage: AdvantageConfig = AdvantageConfig()
     overlong: Overlong = NoOverlong()
     step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
+    max_restarts_in_a_row: int = Field(
+        default=3, ge=0, description="Restarts of all ranks after one was lost, until a step is finished again."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -223,20 +231,46 @@ class LearnerConfig(StrictModel):
 
 
 InFlight = Literal["keep", "recompute", "wait", "abort"]
+DEFAULT_BUCKET_BYTES = 64 * 2**20
 
 
 class SyncConfig(StrictModel):
-    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine.
+    """How replicas get new weights.
 
+    `transport`: `host` is a file in shared memory, for replicas on the learner's machine; `disk` a file in `directory`,
+    which every machine must see under this path; `gloo` a broadcast over the network in buckets of `bucket_bytes`,
+    64 MiB by default. `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the
+    address by which Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
     `in_flight`: what becomes of responses that are under way. `recompute` goes on with them, and computes their KV
     cache anew under the new weights; `keep` goes on with the old KV cache; `wait` lets them finish first, within the
     deadline, and admits no others; `abort` ends them, and makes each again from its beginning. Every token carries the
     version that sampled it.
     """
 
-    transport: Literal["host"] = "host"
+    transport: Literal["host", "disk", "gloo"] = "host"
+    directory: str | None = Field(default=None, min_length=1, description="For transport `disk`: a shared directory.")
+    bucket_bytes: int | None = Field(default=None, ge=2**16, le=2**32, description="For transports that send.")
+    network_interface: str | None = Field(default=None, min_length=1, description="For transports that send.")
     deadline_seconds: float = Field(default=120.0, gt=0.0)
     in_flight: InFlight = "recompute"
+
+    @property
+    def packed_bytes(self) -> int:
+        """The size of a bucket."""
+        return self.bucket_bytes or DEFAULT_BUCKET_BYTES
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "SyncConfig":
+        if self.transport == "disk" and self.directory is None:
+            raise ValueError("transport 'disk' needs directory: one that the learner's and every replica's machine see")
+        for name, transports in (
+            ("directory", ("disk",)),
+            ("bucket_bytes", ("gloo",)),
+            ("network_interface", ("gloo",)),
+        ):
+            if getattr(self, name) is not None and self.transport not in transports:
+                raise ValueError(f"{name} is for transport {', '.join(transports)}, not for {self.transport!r}")
+        return self
 
 
 class EvaluationConfig(StrictModel):
@@ -257,13 +291,15 @@ class WarningsConfig(StrictModel):
     """Thresholds of a step's metrics, past which the run says so and goes on. Null: never.
 
     Above `truncated_share` (of responses that were cut off) and `repeated_share` (of their text); below `entropy` (of
-    the policy, in nats) and `reward_spread` (standard deviation of a group's rewards).
+    the policy, in nats) and `reward_spread` (standard deviation of a group's rewards). Above `drop_bias`: by how much
+    more of the responses that took something back are dropped as too old than of the others.
     """
 
     truncated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
     repeated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
     entropy: float | None = Field(default=0.01, ge=0.0)
     reward_spread: float | None = Field(default=0.001, ge=0.0)
+    drop_bias: float | None = Field(default=0.1, ge=0.0, le=1.0)
 
 
 class CheckpointConfig(StrictModel):
@@ -279,7 +315,11 @@ class CheckpointConfig(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """A whole training run. `preset` changes defaults only; what the file or `--set` says wins over it."""
+    """A whole training run. `preset` changes defaults only; what the file or `--set` says wins over it.
+
+    `max_staleness`: how many versions of the policy a response may be older than the one that it changes. 0: generation
+    and training take turns. From 1 on responses are generated while others are trained on.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)
     preset: Literal["e3rl", "paper", "pretrained", "grpo", "temperature_control"] = "e3rl"
@@ -289,6 +329,7 @@ class RunConfig(StrictModel):
     token_budget: int | None = Field(
         default=None, ge=1, description="Stop once this many tokens have been generated for training."
     )
+    max_staleness: int = Field(default=0, ge=0, le=64)
     model: ModelConfig
     data: Data = ChainData()
     reward: Reward = ChainReward()

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from common.config.run import InFlight
-from common.weights import WeightUpdate
+from common.weights import HostUpdate, WeightUpdate
 from rollout_server.replicas.errors import NoReplicaReady, StartFailed, WeightsNotLoaded
 from rollout_server.replicas.member import Member
 from rollout_server.replicas.newest import Kept, Newest, why_not
@@ -271,7 +271,9 @@ class Pool:
             await asyncio.gather(*(self._load(member, update, deadline_seconds, in_flight) for member in running))
             failed = [member for member in running if member.sync_error is not None]
             all_failed = len(failed) == len(running) and not any(m.number in self._restarting for m in failed)
-            if failed and (all_failed or any(m.unreachable for m in failed)):
+            # Another machine stays another machine.
+            hopeless = isinstance(update, HostUpdate) and any(m.unreachable for m in failed)
+            if failed and (all_failed or hopeless):
                 reasons = "; ".join(f"replica {m.number}: {m.sync_error}" for m in failed)
                 raise WeightsNotLoaded(f"weights were not loaded: {reasons}", may_come=False)
             for member in failed:

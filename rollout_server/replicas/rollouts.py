@@ -226,7 +226,8 @@ class PoolRollouts:
     async def state(self) -> list[Any]:
         """What replicas have learnt of the thresholds, for a checkpoint; of a lost one, what it last said."""
         await asyncio.gather(*map(self._ask_priors, self._pool.ready))
-        return [member.priors for member in self._pool.members if member.priors is not None]
+        known: Priors = next((member.priors for member in self._pool.members if member.priors), {})
+        return [known if member.priors is None else member.priors for member in self._pool.members]
 
     async def _ask_priors(self, member: Member) -> None:
         restarts = member.restarts
