@@ -76,6 +76,11 @@ class EngineConfig(StrictModel):
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
 
     @property
+    def gpus(self) -> int:
+        """GPUs of all replicas, where there are any."""
+        return self.replicas * self.tensor_parallel_size
+
+    @property
     def silence_seconds(self) -> float:
         """How long no response may arrive from a pool that works: a stuck replica is noticed, and restarts may fail."""
         return self.response_seconds + max(self.max_restarts, 1) * self.start_seconds
