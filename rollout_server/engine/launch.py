@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 
+from transformers import AutoConfig
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -44,7 +45,9 @@ def engine_args(model: ModelConfig, engine: EngineConfig, address: str, version:
 
     Raises:
         NoSentinelsError: the model has no token ids to spare for sentinels.
+        ValueError: the model cannot be divided among `engine.tensor_parallel_size` ranks.
     """
+    check_divides(model, engine.tensor_parallel_size)
     sentinels = model_sentinels(model)
     log.info("sentinels: %s", sentinels)
     return AsyncEngineArgs(
@@ -76,6 +79,20 @@ def engine_args(model: ModelConfig, engine: EngineConfig, address: str, version:
         enable_log_requests=False,
         seed=0,
     )
+
+
+def check_divides(model: ModelConfig, ranks: int) -> None:
+    """Raises ValueError unless each rank has key-value heads of its own: of copies a sync could not tell how many."""
+    if ranks == 1:
+        return
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    ).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % ranks:
+        raise ValueError(
+            f"rollout.engine.tensor_parallel_size ({ranks}) does not divide the model's {heads} key-value heads"
+        )
 
 
 def eos_token_ids(llm: AsyncLLM) -> tuple[int, ...]:
