@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--transport", choices=("host", "disk", "gloo", "nccl", "ipc"), help="instead of sync.transport"
     )
     result.add_argument("--max-staleness", type=int, help="instead of max_staleness; 0: synchronous loop")
-    result.add_argument("--in-flight", choices=("keep", "recompute", "wait", "abort"), default="recompute")
+    result.add_argument("--in-flight", choices=("keep", "recompute", "wait", "abort"), help="instead of sync.in_flight")
     result.add_argument(
         "--offload", choices=("none", "optimizer"), default="none", help="what if AdamW's state were in host memory"
     )
@@ -119,7 +119,7 @@ def read_setup(options: argparse.Namespace) -> Setup:
         tensor_parallel=options.tensor_parallel or config.rollout.engine.tensor_parallel_size,
         transport=options.transport or config.sync.transport,
         max_staleness=config.max_staleness,
-        in_flight=options.in_flight,
+        in_flight=options.in_flight or config.sync.in_flight,
         offload=options.offload,
     )
 
