@@ -1,0 +1,139 @@
+"""The data path without models: actors make long responses, ranks fetch and batch them. Everything between is real."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from common import metrics as names
+from common.config.run import RunConfig
+from common.packed import PackedResponse, TokenArrays
+from common.trajectory import Attempt, ResponseRequest, Trajectory
+from learner.objectives import ObjectiveStatistics
+from learner.policy.batching import RankBatch, collate
+from learner.policy.group import LearnerGroup
+from learner.policy.rank import LearnerRank, MinibatchResult
+from rollout_server.replicas.packing import Shelf, packed, referenced
+from tests.fake_parts import TOKENIZER, FakeLearner, FakeRollouts
+from tests.trajectories import attempt_of
+
+SEGMENT = 512
+
+
+def long_trajectory(request: ResponseRequest, tokens: int) -> Trajectory:
+    """A response of `tokens` committed tokens in segments of `SEGMENT`, every eighth of which is erased once.
+
+    Log-probs are float32, as an engine measures them; they follow from the request's seed.
+    """
+    rng = np.random.default_rng(request.seed)
+    attempts: list[Attempt] = []
+    for segment, start in enumerate(range(0, tokens, SEGMENT)):
+        length = min(SEGMENT, tokens - start)
+        erased = request.erasable and segment % 8 == 1
+        for number in range(erased + 1):
+            attempts.append(
+                attempt_of(
+                    rng.integers(97, 123, length).tolist(),
+                    segment=segment,
+                    start=start,
+                    number=number,
+                    verdict="erased" if number < erased else "accepted",
+                    logprobs=rng.uniform(-6.0, -0.1, length).astype(np.float32).tolist(),
+                    temperature=request.temperature,
+                    uncertainty=float(rng.uniform(0.1, 3.0)) if request.policy else None,
+                )
+            )
+    return Trajectory(
+        prompt_id=request.prompt_id,
+        group_id=request.group_id,
+        sample=request.sample,
+        seed=request.seed or 0,
+        prompt_token_ids=request.prompt_token_ids,
+        attempts=attempts,
+        erasable=request.erasable,
+        finish_reason="stop",
+        policy=request.policy,
+    )
+
+
+class SyntheticActor:
+    """Makes responses as a replica's actor does, and keeps their arrays as it does."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._shelf = Shelf()
+
+    def respond(self, key: int, request: ResponseRequest) -> PackedResponse:
+        return self._shelf.header(key, packed(long_trajectory(request, self._tokens), request, TOKENIZER))
+
+    def take(self, key: int) -> tuple[None, TokenArrays]:
+        return self._shelf.take(key)
+
+    def kept(self) -> int:
+        return len(self._shelf)
+
+
+class SyntheticRollouts(FakeRollouts):
+    """Responses of `tokens` committed tokens from `actors` processes. `on_sync`: called at the end of each step."""
+
+    def __init__(self, tokens: int, actors: int = 1, on_sync: Callable[[int], None] = lambda version: None) -> None:
+        super().__init__()
+        self.on_sync = on_sync
+        self.actors = [ray.remote(SyntheticActor).options(num_cpus=0).remote(tokens) for _ in range(actors)]
+        self._keys = itertools.count()
+
+    async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
+        tasks = [asyncio.create_task(self._one(request)) for group in groups for request in group]
+        for finished in asyncio.as_completed(tasks):
+            yield await finished
+
+    async def _one(self, request: ResponseRequest) -> PackedResponse:
+        key = next(self._keys)
+        actor = self.actors[key % len(self.actors)]
+        return await referenced(await actor.respond.remote(key, request), key, actor.take)
+
+    async def sync(self, update: Any, deadline_seconds: float, *others: Any) -> Any:
+        report = await super().sync(update, deadline_seconds, *others)
+        self.on_sync(update.version)
+        return report
+
+    async def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+class BatchingRank(LearnerRank):
+    """A rank that fetches its samples and makes its batches, but has no model."""
+
+    def _train_minibatch(self, batch: RankBatch, *others: Any) -> MinibatchResult:
+        statistics = ObjectiveStatistics()
+        for samples in batch.microbatches:
+            collated = collate(samples)
+            statistics.tokens += int(collated.mask.sum())
+            statistics.ratio_min = statistics.ratio_max = 1.0
+        return MinibatchResult(0.0, statistics, 0.0, 0.0)
+
+
+class BatchingLearner(FakeLearner):
+    """A `LearnerGroup` of `BatchingRank`s."""
+
+    def __init__(self, config: RunConfig, log_directory: Path) -> None:
+        super().__init__()
+        self._group = LearnerGroup(config, log_directory)
+        actor = ray.remote(BatchingRank).options(num_cpus=0)
+        self._group._ranks = [
+            actor.remote(config, rank, str(log_directory.resolve())) for rank in range(config.learner.ranks)
+        ]
+
+    async def train_step(self, groups: Any, step: int) -> dict[str, float]:
+        found = await self._group.train_step(groups, step)
+        # What a rank without a model has no figures for.
+        return {key: value for key, value in found.items() if np.isfinite(value)} | {names.LOSS: 0.0}
+
+    async def close(self) -> None:
+        for rank in self._group._ranks:
+            ray.kill(rank)
