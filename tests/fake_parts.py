@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from common.config.run import RunConfig
 from common.packed import Group, PackedResponse, unpack
 from common.seeds import attempt_seed
 from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
-from common.weights import ReplicaSync, SyncReport, WeightUpdate
+from common.weights import DiskUpdate, ReplicaSync, SyncReport, WeightUpdate
 from learner.environments.tasks import chain
 from rollout_server.replicas.packing import packed
 from tests.models import byte_tokenizer
@@ -141,12 +142,11 @@ class FakeLearner:
         self.weight = hashlib.sha256(text.encode()).hexdigest()
         return {names.LOSS: int(self.weight[:8], 16) / 2**32, names.LEARNER_TOKENS: 10.0}
 
-    async def export_weights(self, version: int) -> WeightUpdate:
-        update = WeightUpdate(version=version, backend="host", path="/none", checksum=self.weight, bytes=8)
+    @asynccontextmanager
+    async def publishing(self, version: int) -> AsyncIterator[WeightUpdate]:
+        update = DiskUpdate(version=version, path="/none", checksum=self.weight, bytes=8)
         self.exported.append(update)
-        return update
-
-    async def release_weights(self, update: WeightUpdate) -> None:
+        yield update
         self.released.append(update)
 
     async def save_checkpoint(self, directory: Path) -> None:

@@ -208,9 +208,9 @@ class LearnerConfig(StrictModel):
 
 
 class SyncConfig(StrictModel):
-    """Weight sync. `host`: safetensors in shared memory, for replicas on the learner's machine."""
+    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine."""
 
-    backend: Literal["host"] = "host"
+    transport: Literal["host"] = "host"
     deadline_seconds: float = Field(default=120.0, gt=0.0)
 
 

@@ -241,11 +241,8 @@ class Driver:
         """Push the learner's weights to all replicas; returns the bytes of one copy."""
         deadline = self._config.sync.deadline_seconds
         with part("weight sync"):
-            update = await self._learner.export_weights(version)
-            try:
+            async with self._learner.publishing(version) as update:
                 report = await self._rollouts.sync(update, deadline)
-            finally:
-                await self._learner.release_weights(update)
         if report.version != version:
             raise PartError("weight sync", f"replicas hold version {report.version}, not {version}")
         self._weight_bytes = report.bytes

@@ -26,6 +26,7 @@ from rollout_server.engine.plain_requests import PlainRequests
 from rollout_server.engine.rollback import ResubmitRollback, Rollback, top_logprobs
 from rollout_server.engine.sampling import plain_params, score_params
 from rollout_server.monitor.records import Inbox, NonFiniteRecord, Record
+from rollout_server.weights.receivers import Receivers
 
 log = logging.getLogger("e3rl.engine")
 
@@ -74,6 +75,7 @@ class ErasableEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._sync_failure: str | None = None
+        self._receivers = Receivers()
         self._closed = False
         self.version = 0
 
@@ -198,11 +200,15 @@ class ErasableEngine:
         """What the monitor holds and what erasures cost.
 
         `following` is 0 when nothing is under way, `resumed` counts ends of preemptions; `lost_steps` is in engine
-        steps over all `erasures`.
+        steps over all `erasures`, `sync_retries` counts updates that had to be received again.
         """
         await self.settle()
         counters: list[dict[str, int]] = await self._llm.collective_rpc("e3rl_counters")
-        return counters[0] | {"erasures": self._rollback.erasures, "lost_steps": self._rollback.lost_steps}
+        return counters[0] | {
+            "erasures": self._rollback.erasures,
+            "lost_steps": self._rollback.lost_steps,
+            "sync_retries": self._receivers.retries,
+        }
 
     async def priors(self) -> Priors:
         """Statistics of earlier groups, for a checkpoint."""
@@ -241,28 +247,32 @@ class ErasableEngine:
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         """Load `update` between two steps; requests under way go on with it. Returns the checksum of what is held.
 
-        A pause lasts on. Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
+        Weights are received, and compared with what was sent, while the engine generates. A pause lasts
+        on. Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
 
         Raises:
-            WeightSyncError: not in time, an error in vLLM, or another checksum than the update's.
+            WeightSyncError: not in time, not as they were sent, or an error in vLLM.
         """
         started = time.monotonic()
         try:
-            async with asyncio.timeout(deadline_seconds):
+            async with (
+                asyncio.timeout(deadline_seconds),
+                self._receivers.receiving(update, deadline_seconds) as arrived,
+            ):
                 self._admitting.clear()
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 if self._sync_failure is not None:
                     # The engine may have been too busy with the failed one to give it up.
                     await self._llm.collective_rpc("e3rl_abandon_weight_update")
                 await self._llm.start_weight_update()
-                await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
+                await self._llm.update_weights(WeightTransferUpdateRequest(arrived.update_info))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
-                checksums = set(await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)))
-                if checksums != {update.checksum}:
-                    raise WeightSyncError(
-                        f"version {update.version}: the engine holds weights with checksum {sorted(checksums)}, "
-                        f"the learner sent {update.checksum}"
-                    )
+                for read, held in await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)):
+                    if read != held:
+                        raise WeightSyncError(
+                            f"version {update.version}: the engine's parameters sum up to {held:016x}, those that "
+                            f"arrived to {read:016x}"
+                        )
                 await self._llm.reset_prefix_cache(reset_running_requests=True)
         except BaseException as error:
             self._sync_failure = f"weight sync of version {update.version} failed: {error!r}"
@@ -281,7 +291,7 @@ class ErasableEngine:
         self.version = update.version
         if not self._paused:
             await self._admit()
-        return update.checksum
+        return arrived.checksum
 
     async def _abandon_sync(self) -> None:
         """After a failed sync: requests that wait are answered with the failure, and another sync can start."""

@@ -15,7 +15,7 @@ from rollout_server.engine.cores import threads_per_engine
 from rollout_server.engine.scheduling import SCHEDULER
 from rollout_server.engine.worker_extension import WORKER_EXTENSION
 from rollout_server.monitor.adapters.vllm_v1 import LOGITS_PROCESSOR
-from rollout_server.weights.host import HOST_BACKEND
+from rollout_server.weights.loading import BACKEND
 
 log = logging.getLogger("e3rl.engine")
 
@@ -67,7 +67,7 @@ def engine_args(model: ModelConfig, engine: EngineConfig, address: str, version:
         scheduler_cls=SCHEDULER,
         logits_processors=[LOGITS_PROCESSOR],
         worker_extension_cls=WORKER_EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         additional_config={"e3rl": {"address": address, "sentinel_ids": sentinels.ids, "version": version}},
         disable_log_stats=not engine.log_stats,
         enable_log_requests=False,

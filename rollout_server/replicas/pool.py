@@ -317,5 +317,5 @@ def _why(error: Exception, update: WeightUpdate) -> str:
     """Why weights were not loaded, for the operator: one line, without the path of the file."""
     if isinstance(error, TimeoutError):
         return "not within the deadline"
-    text = " ".join(str(error).replace(update.path, "the file").split())
+    text = " ".join(str(error).replace(update.place, "the file").split())
     return f"{type(error).__name__}: {text[:MAX_REASON_CHARACTERS]}"

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from common.weights import WeightUpdate, weight_checksum
+from common.weights import DiskUpdate, weights_checksum
 from rollout_server.weights.kept_weights import KeptWeights, write_kept
 from rollout_server.weights.model_meaning import described, differences
 
@@ -36,7 +36,7 @@ class NoRoom(Exception):
 
 def prepare_update(
     path: str, served: dict[str, object], shapes: Shapes | None, dtype: torch.dtype
-) -> tuple[WeightUpdate, KeptWeights]:
+) -> tuple[DiskUpdate, KeptWeights]:
     """The update, which has no version yet, and its file, to be closed once no replica needs it any more.
 
     `path`: the checkpoint's directory. `served`, `shapes`: configuration and tensors of the served model, the latter
@@ -65,11 +65,10 @@ def prepare_update(
             kept = write_kept({name: tensor.contiguous() for name, tensor in tensors.items()})
         except (OSError, SafetensorError) as error:
             raise NoRoom(f"the weights cannot be converted: {_reason(error)}") from error
-    update = WeightUpdate(
+    update = DiskUpdate(
         version=0,
-        backend="host",
         path=kept.path(),
-        checksum=weight_checksum(tensors.values()),
+        checksum=weights_checksum(tensors),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
     return update, kept

@@ -26,7 +26,7 @@ from rollout_server.http.routes.body import read_body
 from rollout_server.http.routes.service import Service
 from rollout_server.replicas.member import Member
 from rollout_server.weights.checkpoints import Shapes, prepare_update, tensor_shapes
-from rollout_server.weights.kept_weights import KeptWeights, remove_leftovers
+from rollout_server.weights.kept_weights import KeptWeights, remove_kept_leftovers
 
 
 class WeightLoader:
@@ -43,7 +43,7 @@ class WeightLoader:
         self._dtype = dtype
         self._kept: KeptWeights | None = None
         self._loading = asyncio.Lock()
-        remove_leftovers()
+        remove_kept_leftovers()
 
     async def load(self, request: SyncRequest) -> Synced:
         """Load a checkpoint.

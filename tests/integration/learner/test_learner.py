@@ -23,7 +23,7 @@ from common import metrics
 from common.config.run import AdvantageConfig, RunConfig
 from common.packed import Group
 from common.trajectory import Trajectory
-from common.weights import weight_checksum
+from common.weights import HostUpdate, weights_checksum
 from learner.objectives import GapHistogram, MinibatchTotals, ObjectiveInputs, compute_objective
 from learner.policy.batching import collate, split_minibatches
 from learner.policy.group import LearnerError, LearnerGroup
@@ -204,17 +204,19 @@ def test_two_zero_ranks_train_as_plain_adamw_does(trained: Trained) -> None:
 
 def test_exported_weights_are_transformers_state_dict(trained: Trained, tmp_path: Path) -> None:
     async def export() -> dict[str, torch.Tensor]:
-        update = await trained.group.export_weights(3)
-        weights = load_file(update.path)
-        assert (update.version, update.backend) == (3, "host")
+        async with trained.group.publishing(2) as before:
+            assert isinstance(before, HostUpdate)
+        async with trained.group.publishing(3) as update:
+            assert isinstance(update, HostUpdate)
+            weights = load_file(update.path)
+            # Not every replica holds the newer one yet.
+            assert load_file(before.path).keys() == weights.keys()
+        assert update.version == 3
         assert update.bytes == sum(w.numel() * w.element_size() for w in weights.values())
-        assert update.checksum == weight_checksum(weights.values())
-        name, tensor = next(iter(weights.items()))
-        changed = tensor.clone()
-        changed.view(-1)[7] += 1e-6
-        assert update.checksum != weight_checksum((weights | {name: changed}).values())
-        await trained.group.release_weights(update)
-        assert not Path(update.path).exists()
+        assert update.checksum == weights_checksum(weights)
+        # A replica that restarts reads it once more.
+        assert Path(update.path).exists()
+        assert not Path(before.path).exists()
         await trained.group.export_huggingface(tmp_path / "model")
         return weights
 
@@ -278,9 +280,8 @@ def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_pa
         return [await group.train_step(batches[step], step) for step in steps]
 
     async def checksum(group: LearnerGroup) -> str:
-        update = await group.export_weights(4)
-        await group.release_weights(update)
-        return update.checksum
+        async with group.publishing(4) as update:
+            return update.checksum
 
     async def both() -> None:
         whole = LearnerGroup(config, tmp_path / "log")
@@ -314,7 +315,7 @@ def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_pa
 
 def weight_files() -> set[Path]:
     directories = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    return set(itertools.chain.from_iterable(d.glob("e3rl-learner-test-*") for d in directories))
+    return set(itertools.chain.from_iterable(d.glob("e3rl-weights-*/*") for d in directories))
 
 
 def _all_alike(group: Group) -> Group:
@@ -324,15 +325,17 @@ def _all_alike(group: Group) -> Group:
 def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path], tmp_path: Path) -> None:
     config = run_config(models["tied"], ranks=2, zero_stage=3)
     (groups,) = rollouts(config, 1)
-    stale = Path(tempfile.gettempdir()) / "e3rl-learner-test-999999999-weights-v1.safetensors"
-    stale.touch()
+    abandoned = Path(tempfile.gettempdir()) / "e3rl-weights-abandoned"
+    abandoned.mkdir(exist_ok=True)
+    before = weight_files()
 
     async def lose_a_rank() -> None:
         group = LearnerGroup(config, tmp_path)
         await group.start()
-        assert not stale.exists()
-        update = await group.export_weights(1)
-        assert Path(update.path) in weight_files()
+        async with group.publishing(1) as update:
+            assert isinstance(update, HostUpdate)
+            assert Path(update.path) in weight_files()
+        assert not abandoned.exists()
         # Nothing to learn from: no rank runs a response, and all of them stay in step.
         metrics_of_nothing = await group.train_step([_all_alike(g) for g in groups], 0)
         assert metrics_of_nothing[metrics.LOSS] == metrics_of_nothing[metrics.GRADIENT_NORM] == 0.0
@@ -348,14 +351,14 @@ def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path
         await group.close()
 
     asyncio.run(lose_a_rank())
-    assert not weight_files()
+    assert weight_files() <= before
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 class Silent:
     """A rank that never answers."""
 
-    def export_weights(self, file_name: str) -> None:
+    def begin_publishing(self, version: int) -> None:
         threading.Event().wait()
 
 
@@ -365,13 +368,13 @@ def test_a_wait_that_expires_names_what_it_waited_for_and_for_how_long(models: d
     group = LearnerGroup(config, tmp_path)
 
     async def wait() -> None:
-        with pytest.raises(LearnerError, match="exporting weights version 1: the learner is not started"):
-            await group.export_weights(1)
+        with pytest.raises(LearnerError, match="publishing weights version 1: the learner is not started"):
+            await group.publishing(1).__aenter__()
         group._ranks = [ray.remote(Silent).remote()]
         with pytest.raises(
-            LearnerError, match=r"exporting weights version 1: no answer from learner rank 0 within 0\.5 s"
+            LearnerError, match=r"publishing weights version 1: no answer from learner rank 0 within 0\.5 s"
         ):
-            await group.export_weights(1)
+            await group.publishing(1).__aenter__()
         await group.close()
 
     asyncio.run(wait())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.trajectory import ResponseRequest, Trajectory
-from common.weights import WeightUpdate
+from common.weights import DiskUpdate, WeightUpdate
 from rollout_server.replicas import pool as replicas_module
 from rollout_server.replicas.errors import VersionNotNewer, WeightsNotLoaded
 from rollout_server.replicas.pool import Pool
@@ -86,7 +86,7 @@ class FakeReplica:
 
 
 def update_with(content: str) -> WeightUpdate:
-    return WeightUpdate(version=0, backend="host", path=f"/{content}", checksum=content, bytes=1)
+    return DiskUpdate(version=0, path=f"/{content}", checksum=content, bytes=1)
 
 
 class Loop:
