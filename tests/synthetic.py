@@ -2,9 +2,11 @@
 
 import asyncio
 import itertools
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -13,11 +15,21 @@ from common import metrics as names
 from common.config.run import RunConfig
 from common.packed import PackedResponse, TokenArrays
 from common.trajectory import Attempt, ResponseRequest, Trajectory
+from learner.environments.data import PromptStream, read_rows, tokenise
+from learner.environments.problems import Problems
+from learner.environments.rewards import ChainRewards, RewardItem, Score
+from learner.loop.driver import Driver
+from learner.loop.driver_state import RunRecord, newest_state
+from learner.loop.parts import Parts
 from learner.objectives import ObjectiveStatistics
 from learner.policy.batching import RankBatch, collate
 from learner.policy.group import LearnerGroup
 from learner.policy.rank import LearnerRank, MinibatchResult
+from learner.run.display import Display
+from learner.run.run_directory import RunDirectory
+from learner.run.trajectory_writer import TrajectoryWriter
 from rollout_server.replicas.packing import Shelf, packed, referenced
+from tests.configs import run_config
 from tests.fake_parts import TOKENIZER, FakeLearner, FakeRollouts
 from tests.trajectories import attempt_of
 
@@ -137,3 +149,46 @@ class BatchingLearner(FakeLearner):
     async def close(self) -> None:
         for rank in self._group._ranks:
             ray.kill(rank)
+
+
+class LengthRewards(ChainRewards):
+    """Half of the responses of a group are rewarded."""
+
+    async def score(self, item: RewardItem) -> Score:
+        return Score(float(item.sample % 2))
+
+
+def synthetic_config(directory: Path, groups: int, size: int, tokens: int, steps: int) -> RunConfig:
+    """Responses may be as long as `tokens` and all that can be erased of them."""
+    return run_config(
+        name="synthetic",
+        runs_directory=str(directory),
+        steps=steps,
+        model={"max_length": 2 * tokens},
+        rollout={
+            "groups_per_step": groups,
+            "responses_per_group": size,
+            "max_response_tokens": 2 * tokens - 100,
+            "erasure": {"segmentation": {"mode": "fixed", "length": SEGMENT}},
+        },
+        learner={"ranks": 2, "tokens_per_microbatch": 4 * tokens, "minibatches_per_step": 4},
+        data={"source": "chain", "length": 4, "train_problems": groups, "test_problems": 2},
+        # Without checkable steps, so that texts of attempts are not asked for.
+        reward={"kind": "math"},
+        evaluation={"problems": 1, "responses_per_problem": 1, "every_steps": 0},
+        checkpoint={"every_steps": 0, "latest": False},
+    )
+
+
+def synthetic_run(config: RunConfig, rollouts: SyntheticRollouts) -> RunDirectory:
+    """A run of the real driver in the cluster that is connected; its directory."""
+    directory = RunDirectory.create(config)
+    sets = {split: tokenise(read_rows(config, split), TOKENIZER, config, split).prompts for split in ("train", "test")}
+    stream = PromptStream(sets["train"], config.seed, config.rollout.groups_per_step)
+    learner = cast(LearnerGroup, BatchingLearner(config, directory.log))
+    with closing(directory), closing(TrajectoryWriter()) as writer, closing(RunRecord(directory, 1)) as record:
+        parts = Parts(rollouts, learner, LengthRewards(), writer.write)
+        problems = Problems(stream, sets["test"])
+        driver = Driver(config, directory, newest_state(directory), parts, problems, record, Display(sys.stderr))
+        asyncio.run(driver.run())
+    return directory

@@ -33,10 +33,7 @@ def measure_data_path(directory: Path) -> list[Finding]:
     findings = []
     for groups, size in SIZES:
         found = measured(directory / str(groups), groups)
-        detail = (
-            f"{found['tokens']:,} response tokens a step, {found['responses']} responses, "
-            f"{found['step_seconds']:.1f} s a step, {found['attempts']} attempts"
-        )
+        detail = f"{found['tokens']:,} tokens, {found['responses']} responses, {found['step_seconds']:.1f} s a step"
         findings += [
             Finding(
                 f"driver's CPU seconds per million response tokens, {size} a step",
@@ -87,12 +84,13 @@ def drive(directory: Path, groups: int) -> dict[str, Any]:
     """A run of `STEPS` steps of which the first warms up: what the others cost."""
     import ray
 
-    from tests.synthetic import synthetic_run
+    from tests.synthetic import SyntheticRollouts, synthetic_config, synthetic_run
 
     meter = Meter()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
     try:
-        run = synthetic_run(directory, groups, RESPONSES_PER_GROUP, RESPONSE_TOKENS, STEPS, meter.mark)
+        rollouts = SyntheticRollouts(RESPONSE_TOKENS, actors=2, on_sync=meter.mark)
+        synthetic_run(synthetic_config(directory, groups, RESPONSES_PER_GROUP, RESPONSE_TOKENS, STEPS), rollouts)
     finally:
         ray.shutdown()
     responses = groups * RESPONSES_PER_GROUP
@@ -102,7 +100,6 @@ def drive(directory: Path, groups: int) -> dict[str, Any]:
     return {
         "tokens": responses * RESPONSE_TOKENS,
         "responses": responses,
-        "attempts": run.attempts,
         "cpu_seconds": (meter.cpu[-1] - meter.cpu[1]) / steps / millions,
         "step_seconds": (meter.times[-1] - meter.times[1]) / steps,
         "base_megabytes": meter.resident[0],

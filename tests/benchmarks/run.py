@@ -32,7 +32,18 @@ def _http(directory: Path) -> list[Finding]:
     return measure_http(directory)
 
 
-BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {"engine": _engine, "training": _training, "http": _http}
+def _data_path(directory: Path) -> list[Finding]:
+    from tests.benchmarks.data_path import measure_data_path
+
+    return measure_data_path(directory)
+
+
+BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {
+    "engine": _engine,
+    "training": _training,
+    "http": _http,
+    "data_path": _data_path,
+}
 
 
 def main() -> int:
