@@ -25,10 +25,9 @@ class Busy:
         self._began = 0.0
         self._seconds = 0.0
 
-    @property
-    def seconds(self) -> float:
-        """In all, up to now."""
-        return self._seconds + (time.monotonic() - self._began if self._under_way else 0.0)
+    def seconds(self, now: float) -> float:
+        """In all, up to `now`, which is the monotonic clock's."""
+        return self._seconds + (now - self._began if self._under_way else 0.0)
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -70,4 +70,5 @@ class StepClock:
         }
 
     def _now(self) -> _Moment:
-        return _Moment(time.monotonic(), self.producer.generating.seconds, self.producer.generated_tokens)
+        now = time.monotonic()
+        return _Moment(now, self.producer.generating.seconds(now), self.producer.generated_tokens)
