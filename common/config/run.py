@@ -11,6 +11,8 @@ from common.config.data import (
     Data,
     ErasureTreatment,
     GroupShare,
+    ReasoningGymData,
+    ReasoningGymReward,
     Reward,
     ShareAdaptive,
     Treatment,
@@ -207,11 +209,41 @@ class LearnerConfig(StrictModel):
         return self
 
 
-class SyncConfig(StrictModel):
-    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine."""
+DEFAULT_BUCKET_BYTES = 64 * 2**20
 
-    transport: Literal["host"] = "host"
+
+class SyncConfig(StrictModel):
+    """How replicas get new weights.
+
+    `transport`: `host` is a file in shared memory, for replicas on the learner's machine; `disk` a file in `directory`,
+    which every machine must see under this path; `gloo` a broadcast over the network in buckets of `bucket_bytes`,
+    64 MiB by default. `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the
+    address by which Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
+    """
+
+    transport: Literal["host", "disk", "gloo"] = "host"
+    directory: str | None = Field(default=None, min_length=1, description="For transport `disk`: a shared directory.")
+    bucket_bytes: int | None = Field(default=None, ge=2**16, le=2**32, description="For transports that send.")
+    network_interface: str | None = Field(default=None, min_length=1, description="For transports that send.")
     deadline_seconds: float = Field(default=120.0, gt=0.0)
+
+    @property
+    def packed_bytes(self) -> int:
+        """The size of a bucket."""
+        return self.bucket_bytes or DEFAULT_BUCKET_BYTES
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "SyncConfig":
+        if self.transport == "disk" and self.directory is None:
+            raise ValueError("transport 'disk' needs directory: one that the learner's and every replica's machine see")
+        for name, transports in (
+            ("directory", ("disk",)),
+            ("bucket_bytes", ("gloo",)),
+            ("network_interface", ("gloo",)),
+        ):
+            if getattr(self, name) is not None and self.transport not in transports:
+                raise ValueError(f"{name} is for transport {', '.join(transports)}, not for {self.transport!r}")
+        return self
 
 
 class EvaluationConfig(StrictModel):
@@ -290,9 +322,19 @@ class RunConfig(StrictModel):
         """Responses of a group that are treated while the share applies."""
         return round(self.rollout.group_share.share * self.rollout.responses_per_group)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _data_brings_its_reward(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "reward" in given:
+            return given
+        data = given.get("data")
+        source = data.get("source", data.get("kind")) if isinstance(data, dict) else getattr(data, "source", None)
+        return given | {"reward": {"kind": "reasoning_gym"}} if source == "reasoning_gym" else given
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
         for check in (
+            _reward_fits,
             _length_fits,
             _segments_fit,
             _share_is_whole,
@@ -303,6 +345,17 @@ class RunConfig(StrictModel):
         ):
             check(self)
         return self
+
+
+def _reward_fits(config: RunConfig) -> None:
+    procedural = isinstance(config.data, ReasoningGymData)
+    if isinstance(config.reward, ReasoningGymReward) and not procedural:
+        raise ValueError(
+            f"reward.kind 'reasoning_gym' scores problems of data.kind 'reasoning_gym' only, not of "
+            f"{config.data.source!r}"
+        )
+    if isinstance(config.reward, ChainReward) and procedural:
+        raise ValueError("reward.kind 'chain' can't score problems of data.kind 'reasoning_gym': leave reward out")
 
 
 def _length_fits(config: RunConfig) -> None:

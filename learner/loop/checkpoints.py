@@ -6,15 +6,13 @@ import logging
 from common.config.run import RunConfig
 from common.manifest import write_manifest
 from learner.loop.driver_state import DriverState, newest_state, save_state
+from learner.planning.memory import CHECKPOINT_COPIES
 from learner.policy.group import LearnerGroup
 from learner.run.display import Display
 from learner.run.errors import DiskFullError, PartError, part
 from learner.run.run_directory import RunDirectory, replacing, require_space
 
 log = logging.getLogger(__name__)
-
-COPIES = {"float32": 4, "bfloat16": 7}
-"""A checkpoint in copies of the weights: themselves, and in float32 their master copy and AdamW's two moments."""
 
 
 class Checkpoints:
@@ -86,7 +84,7 @@ class Checkpoints:
 
     async def _write(self, state: DriverState) -> None:
         settings, path = self._config.checkpoint, self._directory.checkpoint(state.step)
-        require_space(path, COPIES[self._config.model.dtype] * self.weight_bytes)
+        require_space(path, CHECKPOINT_COPIES[self._config.model.dtype] * self.weight_bytes)
         with part("checkpoint", state.step), replacing(path) as partial:
             partial.mkdir()
             await self._learner.save_checkpoint(partial / "learner")

@@ -370,7 +370,7 @@ def test_a_group_waits_for_a_place_as_long_as_others_finish(tmp_path: Path):
         async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
             first = groups[0][0]
             for number in range(8 if first.group_id == "busy" else 1):
-                await asyncio.sleep(0.05 if first.group_id == "busy" else 0.3)
+                await asyncio.sleep(0.15 if first.group_id == "busy" else 1.1)
                 answer = self._respond(first.model_copy(update={"sample": number}))
                 yield answer
 
@@ -396,7 +396,7 @@ def test_a_group_waits_for_a_place_as_long_as_others_finish(tmp_path: Path):
         with progress.held():
             await alone(progress)
 
-    asyncio.run(both(Progress(0.15)))
-    with pytest.raises(TimeoutError, match=r"1 of 1 responses are missing, and none arrived within 0\.15 s"):
-        asyncio.run(alone(Progress(0.15)))
-    asyncio.run(held(Progress(0.15)))
+    asyncio.run(both(Progress(1.0)))
+    with pytest.raises(TimeoutError, match=r"1 of 1 responses are missing, and none arrived within 1 s"):
+        asyncio.run(alone(Progress(1.0)))
+    asyncio.run(held(Progress(1.0)))
