@@ -55,12 +55,26 @@ class EngineConfig(StrictModel):
     enforce_eager: bool = True
     num_gpu_blocks_override: int | None = Field(default=None, ge=2)
     start_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for a replica to start.")
+    max_restarts: int = Field(
+        default=5, ge=0, le=1000, description="Starts in a row that may fail before a lost replica is given up."
+    )
+    stall_seconds: float = Field(
+        default=180.0,
+        gt=0.0,
+        description="A replica whose engine makes no step for so long, though it has responses, is restarted.",
+    )
     response_seconds: float = Field(
         default=600.0,
         gt=0.0,
-        description="Deadline for one response, from when the engine takes it: waiting for a place does not count.",
+        description="A replica that finishes none of its responses for so long is restarted; waiting for a place "
+        "does not count.",
     )
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
+
+    @property
+    def silence_seconds(self) -> float:
+        """How long no response may arrive from a pool that works: a stuck replica is noticed, and restarts may fail."""
+        return self.response_seconds + max(self.max_restarts, 1) * self.start_seconds
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -212,6 +226,7 @@ class LearnerConfig(StrictModel):
         return self
 
 
+InFlight = Literal["keep", "recompute", "wait", "abort"]
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 
 
@@ -222,6 +237,10 @@ class SyncConfig(StrictModel):
     which every machine must see under this path; `gloo` a broadcast over the network in buckets of `bucket_bytes`,
     64 MiB by default. `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the
     address by which Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
+    `in_flight`: what becomes of responses that are under way. `recompute` goes on with them, and computes their KV
+    cache anew under the new weights; `keep` goes on with the old KV cache; `wait` lets them finish first, within the
+    deadline, and admits no others; `abort` ends them, and makes each again from its beginning. Every token carries the
+    version that sampled it.
     """
 
     transport: Literal["host", "disk", "gloo"] = "host"
@@ -229,6 +248,7 @@ class SyncConfig(StrictModel):
     bucket_bytes: int | None = Field(default=None, ge=2**16, le=2**32, description="For transports that send.")
     network_interface: str | None = Field(default=None, min_length=1, description="For transports that send.")
     deadline_seconds: float = Field(default=120.0, gt=0.0)
+    in_flight: InFlight = "recompute"
 
     @property
     def packed_bytes(self) -> int:

@@ -90,6 +90,7 @@ class Trainer:
                 metrics = await self._learn(step, taken)
                 clock.mark("trained")
                 metrics |= await self._publish(step)
+                metrics |= self._rollouts.take_counts()
                 clock.mark("published")
                 metrics |= self._finish(step, taken, metrics, rollouts_state)
                 self._tell(step, taken, metrics | clock.finish())

@@ -64,7 +64,7 @@ def engine_step(setup: Setup, assumptions: Assumptions, responses: float, contex
         bandwidth=(weights + cache) / bandwidth,
         operations=operations / _operations_per_second(setup, assumptions),
         links=links,
-        overhead=hardware.engine_step_seconds,
+        overhead=hardware.engine_step_seconds + responses * hardware.engine_response_seconds,
     )
 
 

@@ -39,7 +39,7 @@ class WorkerExtension:
     def e3rl_weights_loaded(self, version: int) -> tuple[int, int] | None:
         """The weights that were loaded last are `version`. Returns `FileWeightTransfer.sums`."""
         engine: FileWeightTransfer = self.weight_transfer_engine
-        self._e3rl_processor().version = version
+        self._e3rl_processor().weights_changed(version)
         return engine.sums
 
     def e3rl_non_finite(self, uid: int) -> int | None:

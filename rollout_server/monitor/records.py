@@ -28,8 +28,12 @@ FLUSH_SECONDS = 10.0
 NON_FINITE_KEPT = 65536
 """Requests of which it is remembered that their logits were not finite: far more than are under way at once."""
 
-Sender = tuple[int, int, bool]
-"""A submission's uid, the engine step in which its first token was sampled, and whether somebody watches it."""
+Versions = list[tuple[int, int]]
+"""Positions in a response, and the version of the weights from there on, in order."""
+
+Sender = tuple[int, int, bool, Versions]
+"""A submission's uid, the engine step in which its first token was sampled, whether somebody watches it, and which
+weights sampled it."""
 
 
 class JudgementRecord(msgspec.Struct, array_like=True, tag=0):
@@ -37,6 +41,7 @@ class JudgementRecord(msgspec.Struct, array_like=True, tag=0):
 
     `opened`, `step`: engine steps in which the submission's first token was sampled and the segment was judged.
     `fields`: by `rollout_server.monitor.Field`. `tokens`: float32 bytes of `[tokens, 3]`, as in `Judged.tokens`.
+    `versions`: of the weights that sampled the submission's tokens.
     """
 
     uid: int
@@ -44,6 +49,7 @@ class JudgementRecord(msgspec.Struct, array_like=True, tag=0):
     step: int
     fields: list[float]
     tokens: bytes
+    versions: Versions
 
     def field(self, field: Field) -> float:
         return self.fields[field]
@@ -157,11 +163,13 @@ class Outbox:
         tokens = judged.tokens.numpy()
         ended = []
         due = False
-        for row, ((uid, opened, watched), fields) in enumerate(zip(senders, judged.fields.tolist(), strict=True)):
+        for row, ((uid, opened, watched, versions), fields) in enumerate(
+            zip(senders, judged.fields.tolist(), strict=True)
+        ):
             if not fields[Field.JUDGED]:
                 continue
             length = int(fields[Field.END] - fields[Field.START])
-            record = JudgementRecord(uid, opened, step, fields, tokens[row, :length].tobytes())
+            record = JudgementRecord(uid, opened, step, fields, tokens[row, :length].tobytes(), versions)
             self._held.append(record)
             due |= watched
             if record.erased or record.final:
