@@ -1,7 +1,6 @@
 """The data path without models: actors make long responses, ranks fetch and batch them. Everything between is real."""
 
 import asyncio
-import itertools
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
@@ -12,7 +11,7 @@ import numpy as np
 import ray
 
 from common import metrics as names
-from common.config.run import RunConfig
+from common.config.run import EngineConfig, ModelConfig, RunConfig
 from common.packed import PackedResponse, TokenArrays
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from learner.environments.data import PromptStream, read_rows, tokenise
@@ -28,7 +27,9 @@ from learner.policy.rank import LearnerRank, MinibatchResult
 from learner.run.display import Display
 from learner.run.run_directory import RunDirectory
 from learner.run.trajectory_writer import TrajectoryWriter
-from rollout_server.replicas.packing import Shelf, packed, referenced
+from rollout_server.replicas.packing import Shelf, packed
+from rollout_server.replicas.placement import Placement
+from rollout_server.replicas.ray_actor import Event, EventQueue, RayReplica
 from tests.configs import run_config
 from tests.fake_parts import TOKENIZER, FakeLearner, FakeRollouts
 from tests.trajectories import attempt_of
@@ -73,20 +74,46 @@ def long_trajectory(request: ResponseRequest, tokens: int) -> Trajectory:
 
 
 class SyntheticActor:
-    """Makes responses as a replica's actor does, and keeps their arrays as it does."""
+    """Stands in for a replica's actor where that generates; what it does with what is finished is the same."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
         self._shelf = Shelf()
+        self._queue = EventQueue()
 
-    def respond(self, key: int, request: ResponseRequest) -> PackedResponse:
-        return self._shelf.header(key, packed(long_trajectory(request, self._tokens), request, TOKENIZER))
+    async def submit_packed(self, key: int, request: ResponseRequest, recorded: bool) -> None:
+        response = packed(long_trajectory(request, self._tokens), request, TOKENIZER)
+        self._queue.put((key, "finished", self._shelf.header(key, response)))
 
-    def take(self, key: int) -> tuple[None, TokenArrays]:
+    async def take(self, key: int) -> tuple[None, TokenArrays]:
         return self._shelf.take(key)
 
-    def kept(self) -> int:
+    async def events(self, seconds: float) -> list[Event]:
+        return await self._queue.take(seconds)
+
+    async def kept(self) -> int:
         return len(self._shelf)
+
+
+class SyntheticReplica(RayReplica):
+    """The driver's side of a replica, as it is, of a `SyntheticActor`."""
+
+    def __init__(self, number: int, tokens: int) -> None:
+        engine = EngineConfig()
+        super().__init__(number, ModelConfig(path="none", max_length=1024), engine, 0, Placement(engine))
+        self.actor: Any = ray.remote(SyntheticActor).options(num_cpus=0).remote(tokens)
+        self._actor = self.actor
+
+    def begin(self) -> None:
+        """Listen to the actor, in the loop that runs."""
+        self._polling = self._polling or asyncio.create_task(self._poll())
+
+    async def stop(self) -> None:
+        """Kill the actor."""
+        if self._polling is not None:
+            self._polling.cancel()
+            await asyncio.gather(self._polling, return_exceptions=True)
+        ray.kill(self.actor)
 
 
 class SyntheticRollouts(FakeRollouts):
@@ -95,18 +122,22 @@ class SyntheticRollouts(FakeRollouts):
     def __init__(self, tokens: int, actors: int = 1, on_sync: Callable[[int], None] = lambda version: None) -> None:
         super().__init__()
         self.on_sync = on_sync
-        self.actors = [ray.remote(SyntheticActor).options(num_cpus=0).remote(tokens) for _ in range(actors)]
-        self._keys = itertools.count()
+        self.replicas = [SyntheticReplica(number, tokens) for number in range(actors)]
 
     async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
-        tasks = [asyncio.create_task(self._one(request)) for group in groups for request in group]
+        for replica in self.replicas:
+            replica.begin()
+        requests = [request for group in groups for request in group]
+        tasks = [
+            asyncio.create_task(self.replicas[number % len(self.replicas)].generate_packed(request, None))
+            for number, request in enumerate(requests)
+        ]
         for finished in asyncio.as_completed(tasks):
             yield await finished
 
-    async def _one(self, request: ResponseRequest) -> PackedResponse:
-        key = next(self._keys)
-        actor = self.actors[key % len(self.actors)]
-        return await referenced(await actor.respond.remote(key, request), key, actor.take)
+    async def kept(self) -> list[int]:
+        """Responses whose arrays were not called for, of each actor."""
+        return [await replica.actor.kept.remote() for replica in self.replicas]
 
     async def sync(self, update: Any, deadline_seconds: float, *others: Any) -> Any:
         report = await super().sync(update, deadline_seconds, *others)
@@ -114,8 +145,8 @@ class SyntheticRollouts(FakeRollouts):
         return report
 
     async def close(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
+        for replica in self.replicas:
+            await replica.stop()
 
 
 class BatchingRank(LearnerRank):
@@ -127,7 +158,7 @@ class BatchingRank(LearnerRank):
             collated = collate(samples)
             statistics.tokens += int(collated.mask.sum())
             statistics.ratio_min = statistics.ratio_max = 1.0
-        return MinibatchResult(0.0, statistics, 0.0, 0.0)
+        return MinibatchResult(0.0, statistics, 0.0, 0.0, 0)
 
 
 class BatchingLearner(FakeLearner):

@@ -99,7 +99,7 @@ def test_ranks_and_files_get_the_arrays_from_the_store_although_their_maker_is_d
     async def run() -> dict[str, float]:
         rollouts = SyntheticRollouts(TOKENS, actors=2)
         group = await generated(rollouts, 4)
-        assert [await actor.kept.remote() for actor in rollouts.actors] == [0, 0]
+        assert await rollouts.kept() == [0, 0]
         await rollouts.close()
         for response in group.trajectories:
             assert response.tokens is None
@@ -151,7 +151,7 @@ def test_short_responses_travel_whole() -> None:
         rollouts = SyntheticRollouts(200)
         group = await generated(rollouts, 2)
         assert [len(response.token_ids) for response in group.trajectories] == [200, 200]
-        assert [await actor.kept.remote() for actor in rollouts.actors] == [0]
+        assert await rollouts.kept() == [0]
         await rollouts.close()
         batch = collate([s for own in response_samples(group.trajectories, settings().learner.advantage) for s in own])
         assert batch.mask.sum() == 400
