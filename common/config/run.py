@@ -235,15 +235,16 @@ class SyncConfig(StrictModel):
 
     `transport`: `host` is a file in shared memory, for replicas on the learner's machine; `disk` a file in `directory`,
     which every machine must see under this path; `gloo` a broadcast over the network in buckets of `bucket_bytes`,
-    64 MiB by default. `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the
-    address by which Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
+    64 MiB by default; `nccl` one from GPU to GPU, `ipc` memory of one GPU (neither has run on a GPU).
+    `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the address by which
+    Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
     `in_flight`: what becomes of responses that are under way. `recompute` goes on with them, and computes their KV
     cache anew under the new weights; `keep` goes on with the old KV cache; `wait` lets them finish first, within the
     deadline, and admits no others; `abort` ends them, and makes each again from its beginning. Every token carries the
     version that sampled it.
     """
 
-    transport: Literal["host", "disk", "gloo"] = "host"
+    transport: Literal["host", "disk", "gloo", "nccl", "ipc"] = "host"
     directory: str | None = Field(default=None, min_length=1, description="For transport `disk`: a shared directory.")
     bucket_bytes: int | None = Field(default=None, ge=2**16, le=2**32, description="For transports that send.")
     network_interface: str | None = Field(default=None, min_length=1, description="For transports that send.")
@@ -261,8 +262,8 @@ class SyncConfig(StrictModel):
             raise ValueError("transport 'disk' needs directory: one that the learner's and every replica's machine see")
         for name, transports in (
             ("directory", ("disk",)),
-            ("bucket_bytes", ("gloo",)),
-            ("network_interface", ("gloo",)),
+            ("bucket_bytes", ("gloo", "nccl", "ipc")),
+            ("network_interface", ("gloo", "nccl")),
         ):
             if getattr(self, name) is not None and self.transport not in transports:
                 raise ValueError(f"{name} is for transport {', '.join(transports)}, not for {self.transport!r}")

@@ -29,6 +29,11 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
             "treated responses per group",
             f"{config.treated_per_group}, {rollout.treatment.kind}, while the share applies",
         ),
+        (
+            "groups under way",
+            f"at most {(config.max_staleness + 1) * rollout.groups_per_step} = (max_staleness "
+            f"{config.max_staleness} + 1) x {rollout.groups_per_step} groups per step",
+        ),
         ("responses at a time", f"{concurrent} on {rollout.engine.replicas} replica(s)"),
         (
             "optimizer steps",

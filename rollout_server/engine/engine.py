@@ -7,9 +7,10 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from vllm import RequestOutput
-from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.envs import enable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
@@ -74,7 +75,7 @@ class ErasableEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._sync_failure: str | None = None
-        self._receivers = Receivers()
+        self._receivers = Receivers(self._connect, llm.vllm_config.parallel_config.world_size)
         self._cache_era = 0
         """How often a sync left KV of old weights in the cache."""
         self._closed = False
@@ -269,7 +270,8 @@ class ErasableEngine:
                     # The engine may have been too busy with the failed one to give it up.
                     await self._llm.collective_rpc("e3rl_abandon_weight_update")
                 await self._llm.start_weight_update()
-                await self._llm.update_weights(WeightTransferUpdateRequest(arrived.update_info))
+                async for part in arrived.parts():
+                    await self._llm.update_weights(WeightTransferUpdateRequest(part))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
                 for read, held in await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)):
                     if read != held:
@@ -277,6 +279,7 @@ class ErasableEngine:
                             f"version {update.version}: the engine's parameters sum up to {held:016x}, those that "
                             f"arrived to {read:016x}"
                         )
+                checksum = arrived.compare(await self._llm.collective_rpc("e3rl_received_checksum"))
                 await self._forget_old_cache(in_flight)
         except BaseException as error:
             left = f": {self._under_way} responses were still under way" if in_flight == "wait" else ""
@@ -298,7 +301,11 @@ class ErasableEngine:
         self.version = update.version
         if not self._paused:
             await self._admit()
-        return arrived.checksum
+        return checksum
+
+    async def _connect(self, info: dict[str, Any]) -> None:
+        """Have the workers join the learner's group, for weights that go from GPU to GPU."""
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def _stop(self, in_flight: InFlight) -> None:
         """Bring the engine to rest, with responses under way frozen or ended."""

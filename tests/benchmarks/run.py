@@ -38,6 +38,12 @@ def _data_path(directory: Path) -> list[Finding]:
     return measure_data_path(directory)
 
 
+def _weights(directory: Path) -> list[Finding]:
+    from tests.benchmarks.weights import measure_weights
+
+    return measure_weights(directory)
+
+
 def _asynchronous(directory: Path) -> list[Finding]:
     from tests.benchmarks.asynchronous import measure_asynchronous
 
@@ -55,6 +61,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {
     "training": _training,
     "http": _http,
     "data_path": _data_path,
+    "weights": _weights,
     "asynchronous": _asynchronous,
     "accuracy": _accuracy,
 }
