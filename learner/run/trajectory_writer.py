@@ -1,11 +1,12 @@
 """Trajectory files, written by a process of its own: neither the driver's time nor its memory goes into them."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.packed import Group, TokenArrays
@@ -49,7 +50,9 @@ class TrajectoryWriter:
         """Stop the process."""
         if self._actor is not None:
             actor, self._actor = self._actor, None
-            ray.kill(actor, no_restart=True)
+            # The end of the cluster takes the process with it, too.
+            with suppress(RayError):
+                ray.kill(actor, no_restart=True)
 
 
 def _fetch(references: list[Any]) -> list[TokenArrays]:
