@@ -87,7 +87,7 @@ def drive(directory: Path, groups: int) -> dict[str, Any]:
     from tests.synthetic import SyntheticRollouts, synthetic_config, synthetic_run
 
     meter = Meter()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
     try:
         rollouts = SyntheticRollouts(RESPONSE_TOKENS, actors=2, on_sync=meter.mark)
         synthetic_run(synthetic_config(directory, groups, RESPONSES_PER_GROUP, RESPONSE_TOKENS, STEPS), rollouts)

@@ -30,6 +30,7 @@ PROMPT = Prompt(id="p0", text="the prompt", token_ids=[10, 20, 30], answer="x", 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     ray.init(
+        "local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
