@@ -56,8 +56,9 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
         ("responses per evaluation", f"{evaluation}, plain and erasable each"),
         (
             "GPUs, where there are any",
-            f"{rollout.engine.replicas + learner.ranks} = {rollout.engine.replicas} replica(s) + {learner.ranks} "
-            "learner rank(s)",
+            f"{rollout.engine.gpus + learner.ranks} = {rollout.engine.replicas} replica(s)"
+            + (f" x {rollout.engine.tensor_parallel_size}" if rollout.engine.tensor_parallel_size > 1 else "")
+            + f" + {learner.ranks} learner rank(s)",
         ),
     ]
 
