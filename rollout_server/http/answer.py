@@ -12,7 +12,6 @@ from starlette.types import Receive, Scope, Send
 from common.trajectory import ResponseRequest
 from common.weights import NonFiniteLogits
 from rollout_server.http.admission import Admission
-from rollout_server.http.choice import Choice
 from rollout_server.http.encoders import Encoder
 from rollout_server.http.errors import ApiError, bad_request, unavailable
 from rollout_server.http.generation import Generation, MakeChoice
@@ -20,6 +19,7 @@ from rollout_server.http.logs import FIELDS
 from rollout_server.http.middleware import REQUEST_ID, STARTED, send_error
 from rollout_server.http.replicas import GenerationAborted, NoWeights, RequestRefused
 from rollout_server.http.service import Service
+from rollout_server.http.slices import in_slices
 
 log = logging.getLogger("e3rl.http")
 LAST_WORDS_SECONDS = 2.0
@@ -109,13 +109,14 @@ class GenerationAnswer(Response):
         places = _Places(service.admission, await service.admission.acquire(self._client, responses))
         generation: Generation | None = None
         try:
-            generation = Generation(service.replicas, self._groups, self._make_choice, places.give_back, self._streams)
+            generation = Generation(service.replicas, self._make_choice, places.give_back, self._streams)
+            await generation.take(self._groups)
             if self._streams:
                 await self._stream(generation, send)
             else:
                 await generation.finish()
                 # First: what fails here must still be answered with an error.
-                body = await self._encoded(generation.choices)
+                body = b"".join([piece async for piece in in_slices(self._encoder.whole(generation.choices))])
                 await self._start(send, "application/json", len(body))
                 await send({"type": "http.response.body", "body": body})
         finally:
@@ -123,19 +124,14 @@ class GenerationAnswer(Response):
             if generation is not None:
                 service.count(generation)
 
-    async def _encoded(self, choices: list[Choice]) -> bytes:
-        """The whole answer; a long one is made beside the event loop."""
-        if any(choice.prompt_logprobs for choice in choices):
-            return await asyncio.to_thread(self._encoder.whole, choices)
-        return self._encoder.whole(choices)
-
     async def _stream(self, generation: Generation, send: Send) -> None:
         # Closed at once, whatever ends it: what is left to the garbage collector generates until then.
         async with aclosing(generation.chunks()) as batches:
             async for batch in batches:
                 if not self._started:
                     await self._start(send, self._encoder.media_type)
-                body = b"".join(self._encoder.chunk(choice, chunk) for choice, chunk in batch)
+                pieces = (piece for choice, chunk in batch for piece in self._encoder.chunk(choice, chunk))
+                body = b"".join([piece async for piece in in_slices(pieces)])
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._encoder.end(generation.choices)})
 

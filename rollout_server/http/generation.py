@@ -10,6 +10,7 @@ from common.weights import NonFiniteLogits
 from rollout_server.http.choice import Choice, Chunk
 from rollout_server.http.errors import ApiError, unavailable
 from rollout_server.http.replicas import Member, ReplicaLost, ReplicaSet
+from rollout_server.http.slices import Slices, begun, ended
 
 log = logging.getLogger("e3rl.generation")
 RESUBMISSIONS = 3
@@ -27,7 +28,6 @@ class Generation:
     def __init__(
         self,
         replicas: ReplicaSet,
-        groups: list[list[ResponseRequest]],
         make_choice: MakeChoice,
         generated: Callable[[], None],
         streams: bool,
@@ -41,9 +41,19 @@ class Generation:
         self._tasks: list[asyncio.Task[None]] = []
         self._shown = False
         self.resubmissions = 0
+        self.groups: list[list[Choice]] = []
+
+    async def take(self, groups: list[list[ResponseRequest]]) -> None:
+        """What is to be generated. Once, and first."""
+        slices = Slices()
         indices = itertools.count()
-        changed = self._changed if streams else None
-        self.groups = [[make_choice(next(indices), request, changed) for request in group] for group in groups]
+        changed = self._changed if self._streams else None
+        for requests in groups:
+            group: list[Choice] = []
+            for request in requests:
+                group.append(self._make_choice(next(indices), request, changed))
+                await slices.turn()
+            self.groups.append(group)
 
     @property
     def choices(self) -> list[Choice]:
@@ -55,17 +65,16 @@ class Generation:
         Raises:
             ApiError: the first failure; the other responses are cancelled.
         """
-        self._start()
         try:
+            await self._start()
             await _all(self._tasks)
             self._generated()
         finally:
-            await self._cancel()
+            await ended(self._tasks)
 
     async def chunks(self) -> AsyncGenerator[list[tuple[Choice, Chunk]], None]:
         """What is new, as it comes: consecutive chunks of a choice that came at once are one."""
-        self._start()
-        everything = asyncio.ensure_future(_all(self._tasks))
+        everything = asyncio.create_task(self._everything())
         everything.add_done_callback(self._ended)
         try:
             while True:
@@ -82,7 +91,7 @@ class Generation:
         finally:
             everything.cancel()
             await asyncio.gather(everything, return_exceptions=True)
-            await self._cancel()
+            await ended(self._tasks)
 
     def _changed(self, choice: Choice) -> None:
         self._fresh[choice.index] = choice
@@ -93,14 +102,12 @@ class Generation:
         if not everything.cancelled() and everything.exception() is None:
             self._generated()
 
-    def _start(self) -> None:
-        for number in range(len(self.groups)):
-            self._tasks.append(asyncio.create_task(self._group(number)))
+    async def _everything(self) -> None:
+        await self._start()
+        await _all(self._tasks)
 
-    async def _cancel(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def _start(self) -> None:
+        await begun(((self._group, number) for number in range(len(self.groups))), self._tasks)
 
     async def _group(self, number: int) -> None:
         """Generate one group, what is left of it on another replica if its own dies."""
@@ -116,8 +123,8 @@ class Generation:
                 await _score_prompt(unfinished, member)
                 if group[0].options.only_prompt:
                     return
-                for choice, request in zip(unfinished, requests, strict=True):
-                    tasks.append(asyncio.create_task(self._respond(choice, request, member)))
+                pairs = zip(unfinished, requests, strict=True)
+                await begun(((self._respond, choice, request, member) for choice, request in pairs), tasks)
                 await _all(tasks)
                 return
             except ReplicaLost as error:
@@ -125,10 +132,8 @@ class Generation:
                 if losses >= RESUBMISSIONS:
                     raise unavailable("the replica that generated this response died") from error
             finally:
-                for task in tasks:
-                    task.cancel()
                 try:
-                    await asyncio.gather(*tasks, return_exceptions=True)
+                    await ended(tasks)
                 finally:
                     self._replicas.leave(member, len(unfinished))
             self.resubmissions += 1

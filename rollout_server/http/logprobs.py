@@ -1,55 +1,75 @@
-"""Log-probs of committed tokens in the shapes of OpenAI's two kinds of completions."""
+"""Log-probs of committed tokens in the shapes of OpenAI's two kinds of completions, as pieces of JSON."""
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from rollout_server.http.choice import PromptScores, TokenEntry
 from rollout_server.http.detokenize import Texts
+from rollout_server.http.json_pieces import list_pieces
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not."""
+Row = tuple[int, float | None]
+"""A token and its log-prob; null for the first token of a prompt."""
 
 
-def completion_logprobs(entries: list[TokenEntry], texts: Texts, offset: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is known of tokens. `entries` are gone through once."""
+
+    tokens: list[Row]
+    entries: Iterable[TokenEntry | None]
+
+    @classmethod
+    def of(cls, entries: list[TokenEntry]) -> "Rows":
+        """Of a response's tokens."""
+        return cls([(entry.token_id, entry.logprob) for entry in entries], entries)
+
+    @classmethod
+    def of_prompt(cls, prompt: list[int], scores: PromptScores, top: int) -> "Rows":
+        """Of a prompt's tokens, of which the `top` likeliest are told."""
+        pairs = list(zip(prompt, scores, strict=True))
+        tokens = [(token_id, None if known is None else known[token_id][0]) for token_id, known in pairs]
+        return cls(tokens, (_prompt_entry(token_id, known, top) for token_id, known in pairs))
+
+    def followed_by(self, others: "Rows") -> "Rows":
+        return Rows(self.tokens + others.tokens, chain(self.entries, others.entries))
+
+
+def _prompt_entry(token_id: int, known: dict[int, tuple[float, int]] | None, top: int) -> TokenEntry | None:
+    if known is None:
+        return None
+    likeliest = {token: value for token, (value, rank) in known.items() if rank <= top}
+    return TokenEntry(token_id, known[token_id][0], likeliest)
+
+
+def completion_logprobs(rows: Rows, texts: Texts, offset: int) -> Iterator[bytes]:
     """`CompletionLogprobs` of tokens whose first one starts at `offset` of the text."""
-    offsets, tokens = [], []
-    for entry in entries:
-        text = texts[entry.token_id]
-        offsets.append(offset)
-        tokens.append(text)
-        offset += len(text)
-    return {
-        "text_offset": offsets,
-        "token_logprobs": [max(entry.logprob, LOWEST) for entry in entries],
-        "tokens": tokens,
-        "top_logprobs": [_by_text(entry, texts) for entry in entries],
-    }
+    yield b'{"text_offset":'
+    yield from list_pieces(_offsets(rows.tokens, texts, offset))
+    yield b',"token_logprobs":'
+    yield from list_pieces(None if logprob is None else max(logprob, LOWEST) for _, logprob in rows.tokens)
+    yield b',"tokens":'
+    yield from list_pieces(texts[token_id] for token_id, _ in rows.tokens)
+    yield b',"top_logprobs":'
+    yield from list_pieces(None if entry is None else _by_text(entry, texts) for entry in rows.entries)
+    yield b"}"
 
 
-def with_prompt(
-    prompt: list[int], scores: PromptScores, top: int, logprobs: dict[str, Any] | None, texts: Texts
-) -> dict[str, Any]:
-    """`CompletionLogprobs` of a prompt's tokens, of which `top` likeliest are told, and then `logprobs`."""
-    result: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    offset = 0
-    for token_id, known in zip(prompt, scores, strict=True):
-        result["text_offset"].append(offset)
-        result["tokens"].append(texts[token_id])
+def _offsets(rows: Sequence[Row], texts: Texts, offset: int) -> Iterator[int]:
+    for token_id, _ in rows:
+        yield offset
         offset += len(texts[token_id])
-        if known is None:
-            result["token_logprobs"].append(None)
-            result["top_logprobs"].append(None)
-            continue
-        logprob = known[token_id][0]
-        likeliest = {token: value for token, (value, rank) in known.items() if rank <= top}
-        result["token_logprobs"].append(max(logprob, LOWEST))
-        result["top_logprobs"].append(_by_text(TokenEntry(token_id, logprob, likeliest), texts))
-    for name, values in (logprobs or {}).items():
-        result[name] += [value + offset for value in values] if name == "text_offset" else values
-    return result
 
 
-def prompt_scores(known: dict[int, tuple[float, int]] | None, texts: Texts) -> dict[str, Any] | None:
-    """One entry of `PromptLogprobs`."""
+def prompt_logprobs(scores: PromptScores, texts: Texts) -> Iterator[bytes]:
+    """`PromptLogprobs`."""
+    yield from list_pieces(_prompt_logprob(known, texts) for known in scores)
+
+
+def _prompt_logprob(known: dict[int, tuple[float, int]] | None, texts: Texts) -> dict[str, Any] | None:
     if known is None:
         return None
     return {
@@ -66,17 +86,16 @@ def _by_text(entry: TokenEntry, texts: Texts) -> dict[str, float]:
     return result
 
 
-def chat_logprobs(entries: list[TokenEntry], texts: Texts) -> dict[str, Any]:
+def chat_logprobs(entries: Sequence[TokenEntry], texts: Texts) -> Iterator[bytes]:
     """`ChatLogprobs`."""
-    return {
-        "content": [
-            {
-                **_token(texts[entry.token_id], entry.logprob),
-                "top_logprobs": [_token(texts[token_id], logprob) for token_id, logprob in entry.top.items()],
-            }
-            for entry in entries
-        ]
-    }
+    yield b'{"content":'
+    yield from list_pieces(_chat_entry(entry, texts) for entry in entries)
+    yield b"}"
+
+
+def _chat_entry(entry: TokenEntry, texts: Texts) -> dict[str, Any]:
+    likeliest = [_token(texts[token_id], logprob) for token_id, logprob in entry.top.items()]
+    return {**_token(texts[entry.token_id], entry.logprob), "top_logprobs": likeliest}
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from rollout_server.http.base_app import VERSION
 from rollout_server.http.body import read_body
 from rollout_server.http.documentation import add_documentation
 from rollout_server.http.errors import ApiError, unavailable
+from rollout_server.http.json_pieces import object_pieces
 from rollout_server.http.middleware import header
 from rollout_server.http.openapi import errors, takes
 from rollout_server.http.prompts import aside, chat_prompt, check_in_vocabulary, tokenized
 from rollout_server.http.schema.service import IsPaused, Load, Model, Models, NotReady, Ready, ReplicaProbe, Version
 from rollout_server.http.schema.text import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rollout_server.http.service import Service
+from rollout_server.http.slices import in_slices
 
 FRESH_SECONDS = 1.0
 """How long metrics wait for what engines say of themselves before they tell what was said before."""
@@ -137,14 +139,11 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         else:
             tokens = await tokenized(tokenizer, body.prompt or "", special=special is not False)
 
-        def encode() -> bytes:
-            names = tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
-            answer = Tokenized(
-                count=len(tokens), max_model_len=service.facts.max_length, tokens=tokens, token_strs=names
-            )
-            return answer.model_dump_json().encode()
-
-        return Response(await aside(encode, len(tokens)), media_type="application/json")
+        answer = Tokenized(count=len(tokens), max_model_len=service.facts.max_length, tokens=[], token_strs=None)
+        names = map(tokenizer.convert_ids_to_tokens, tokens) if body.return_token_strs else None
+        lists = {"tokens": tokens, "token_strs": names}
+        pieces = object_pieces(answer.model_dump(exclude=set(lists)), lists)
+        return Response(b"".join([piece async for piece in in_slices(pieces)]), media_type="application/json")
 
     @app.post(
         "/detokenize",
