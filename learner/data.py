@@ -34,10 +34,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts of one split that fit, and how many were longer than `max_prompt_tokens` and left out."""
+    """Prompts of one split that fit, and how many were longer than `max_prompt_tokens` and left out.
+
+    `lengths`: tokens of each, of those that were left out too.
+    """
 
     prompts: list[Prompt]
     dropped: int
+    lengths: list[int]
 
 
 def read_rows(config: RunConfig, split: Split, check: Check = accept, note: Note = log.warning) -> list[Row]:
@@ -103,7 +107,7 @@ def tokenise(
             f"none of the {len(kept)} {split} prompts fits into rollout.max_prompt_tokens ({limit}): "
             f"the shortest has {min(map(len, encoded))} tokens"
         )
-    return PromptSet(prompts, dropped=len(kept) - len(prompts))
+    return PromptSet(prompts, len(kept) - len(prompts), list(map(len, encoded)))
 
 
 def template_options(data: Data) -> Mapping[str, Any]:

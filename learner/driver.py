@@ -15,7 +15,6 @@ from common.config.run import RunConfig
 from common.interfaces import Rollouts
 from common.manifest import write_manifest
 from common.trajectory import Group, Prompt, ResponseRequest
-from learner.data import PromptStream
 from learner.display import Display
 from learner.driver_state import DriverState, RunRecord, newest_state, save_state
 from learner.errors import DiskFullError, Interrupted, PartError, part
@@ -23,10 +22,11 @@ from learner.evaluation import MODES, Mode, evaluate_groups, evaluation_requests
 from learner.generation import generate_groups
 from learner.group import LearnerGroup
 from learner.interrupt import StopRequest
+from learner.problems import Problems
 from learner.rewards import Rewards
 from learner.run_directory import RunDirectory, replacing, require_space
 from learner.scoring import Scoring
-from learner.step_checks import Decoder, count_steps
+from learner.step_checks import count_steps
 from learner.step_metrics import rollout_metrics
 from learner.trajectory_files import write_trajectories
 from learner.treatment import TreatedShare, first_treated_sample, plain_outcome, training_requests
@@ -46,15 +46,6 @@ class Parts:
     rollouts: Rollouts
     learner: LearnerGroup
     rewards: Rewards
-
-
-@dataclass(frozen=True, slots=True)
-class Problems:
-    """The run's data: training prompts in order, held-out prompts, and the tokenizer that reads attempts back."""
-
-    stream: PromptStream
-    held_out: Sequence[Prompt]
-    decoder: Decoder
 
 
 class Driver:

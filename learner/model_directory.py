@@ -27,18 +27,12 @@ def ensure_model(config: RunConfig, on_step: Callable[[str, int, int], None]) ->
     """
     if not config.model.warm_start:
         return
-    from learner.warm_start import WarmStartSettings, chain_length_of, warm_start
+    from learner.warm_start import WarmStartSettings, warm_start
 
     path = Path(config.model.path)
-    length = config.data.length if isinstance(config.data, ChainData) else None
     if (path / CONFIG).is_file():
-        made_for = chain_length_of(path)
-        if length is not None and made_for is not None and made_for != length:
-            raise InputError(
-                f"model.path: {path} was made for chains of {made_for} steps, data.length is {length}: name another "
-                "path, or set model.warm_start to false to train it all the same"
-            )
         return
+    length = config.data.length if isinstance(config.data, ChainData) else None
     settings = WarmStartSettings() if length is None else WarmStartSettings(chain_length=length)
     done, total = 0, settings.clean_steps + settings.slip_steps
 
@@ -53,6 +47,27 @@ def ensure_model(config: RunConfig, on_step: Callable[[str, int, int], None]) ->
         raise InputError(f"model.path: {path} exists and is no model directory (no {CONFIG}): {error}") from error
 
 
+def is_made_first(config: RunConfig) -> bool:
+    """Whether the run makes its model itself, before anything else."""
+    return config.model.warm_start and not (Path(config.model.path) / CONFIG).is_file()
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's path is no directory here but may be a name on the Hugging Face hub."""
+    return not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise InputError if `model.path` is no model directory and no name on the hub. Reads no weights."""
+    model = config.model
+    if Path(model.path).exists():
+        check_directory(Path(model.path))
+        if model.warm_start and isinstance(config.data, ChainData):
+            _check_chain_length(Path(model.path), config.data.length)
+    elif not is_hub_name(model.path):
+        raise InputError(f"model.path: there is no directory {model.path}, and it is no Hugging Face hub name")
+
+
 def load_tokenizer(config: RunConfig) -> Any:
     """The model's tokenizer, once the model is known to be usable, sentinels included; no weights are loaded.
 
@@ -60,10 +75,15 @@ def load_tokenizer(config: RunConfig) -> Any:
     """
     model = config.model
     path = Path(model.path)
-    if path.exists():
-        check_directory(path)
-    elif model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
-        raise InputError(f"model.path: there is no directory {model.path}, and it is no Hugging Face hub name")
+    check_model(config)
+    if (path / MANIFEST).is_file():
+        try:
+            verify_manifest(path)
+        except DamagedError as error:
+            raise InputError(
+                f"model.path: {path} is not what a run exported: {error}. If it was changed on purpose, delete its "
+                f"{MANIFEST}"
+            ) from error
     import transformers
 
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
@@ -88,6 +108,17 @@ def load_tokenizer(config: RunConfig) -> Any:
     return tokenizer
 
 
+def _check_chain_length(path: Path, length: int) -> None:
+    from learner.warm_start import chain_length_of
+
+    made_for = chain_length_of(path)
+    if made_for is not None and made_for != length:
+        raise InputError(
+            f"model.path: {path} was made for chains of {made_for} steps, data.length is {length}: name another "
+            "path, or set model.warm_start to false to train it all the same"
+        )
+
+
 def check_directory(path: Path) -> None:
     """Raise InputError unless `path` holds a model's configuration and whole weight files."""
     if not path.is_dir():
@@ -99,19 +130,14 @@ def check_directory(path: Path) -> None:
     if not weights and not list(path.glob("*.bin")):
         raise InputError(f"model.path: {path} has no weights (*.safetensors)")
     for file in weights:
-        _check_weights(file)
-    if (path / MANIFEST).is_file():
-        try:
-            verify_manifest(path)
-        except DamagedError as error:
-            raise InputError(
-                f"model.path: {path} is not what a run exported: {error}. If it was changed on purpose, delete its "
-                f"{MANIFEST}"
-            ) from error
+        read_header(file)
 
 
-def _check_weights(file: Path) -> None:
-    """A safetensors file says in its header how long it is; a download that was cut short is shorter."""
+def read_header(file: Path) -> dict[str, Any]:
+    """A safetensors file's description of its tensors. Raises InputError if the file is not as long as that says.
+
+    A download that was cut short is shorter.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -125,6 +151,7 @@ def _check_weights(file: Path) -> None:
         raise InputError(f"model.path: {file} is not a safetensors file: {error}") from error
     if size != expected:
         raise InputError(f"model.path: {file} is damaged: {size} bytes, its header says {expected}")
+    return header
 
 
 def with_absolute_model(config: RunConfig) -> RunConfig:

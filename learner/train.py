@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import ConfigError, RunConfig, build_config, dump_yaml
+from common.config import ConfigError, RunConfig, build_config
 from common.config.loading import changed, read_assignments, read_yaml, renamed
 from learner.errors import InputError, Interrupted, PartError
-from learner.run_directory import CONFIG, directory_of, write_dry_run
+from learner.run_directory import CONFIG, directory_of
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -22,7 +22,7 @@ examples:
   the same with other settings, under another name
       python -m learner.train --config deploy/configs/demo.yaml --name fast \\
           --set steps=8 --set learner.optimizer.learning_rate=1e-4
-  see what a configuration comes to, without starting anything
+  check a configuration, its model, data and reward, and see what it comes to, without starting an engine
       python -m learner.train --config deploy/configs/qwen3_4b_deepmath.yaml --dry-run
   continue a run that was stopped or killed
       python -m learner.train --config deploy/configs/demo.yaml --resume
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--name", help="the run's name; its files are in runs/NAME")
     how = result.add_argument_group("what to do")
-    how.add_argument("--dry-run", action="store_true", help="check, write and print the configuration; start nothing")
+    how.add_argument("--dry-run", action="store_true", help="check all that needs no engine and show what it comes to")
     how.add_argument("--resume", action="store_true", help="continue the run of that name from its newest checkpoint")
     how.add_argument(
         "--fork", metavar="NAME", help="go on from that run's newest checkpoint, as a new run NAME with other settings"
@@ -88,68 +88,6 @@ def read_config(options: argparse.Namespace) -> RunConfig:
     return build_config(changed(read_yaml(path), changes))
 
 
-def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
-    """What the settings come to, each with its unit and scope."""
-    rollout, learner = config.rollout, config.learner
-    responses, minibatches = config.responses_per_step, learner.minibatches_per_step
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    erased = rollout.erasure.erased_token_limit(rollout.max_response_tokens)
-    per_step = responses * rollout.max_response_tokens + treated_erasures(config) * erased
-    in_all = per_step * config.steps
-    if config.token_budget is not None:
-        # The step that reaches the budget is finished.
-        in_all = min(in_all, config.token_budget - 1 + per_step)
-    concurrent = rollout.engine.replicas * rollout.engine.max_concurrent_responses
-    evaluation = config.evaluation.problems * config.evaluation.responses_per_problem
-    return [
-        (
-            "responses per step",
-            f"{responses} = {rollout.groups_per_step} groups x {rollout.responses_per_group}",
-        ),
-        (
-            "treated responses per group",
-            f"{config.treated_per_group}, {rollout.treatment.kind}, while the share applies",
-        ),
-        ("responses at a time", f"{concurrent} on {rollout.engine.replicas} replica(s)"),
-        (
-            "optimizer steps",
-            f"{config.steps * minibatches} = {config.steps} steps x {minibatches} minibatches",
-        ),
-        ("responses per optimizer step and rank", f"{responses // (minibatches * learner.ranks)} on average"),
-        (
-            "longest sequence",
-            f"{longest} tokens, {learner.tokens_per_microbatch // longest} to a micro-batch",
-        ),
-        ("generated tokens per step", f"at most {per_step:,}, erased ones included"),
-        (
-            "generated tokens in all",
-            f"at most {in_all:,} for training",
-        ),
-        ("responses per evaluation", f"{evaluation}, plain and erasable each"),
-        (
-            "GPUs, where there are any",
-            f"{rollout.engine.replicas + learner.ranks} = {rollout.engine.replicas} replica(s) + {learner.ranks} "
-            "learner rank(s)",
-        ),
-    ]
-
-
-def treated_erasures(config: RunConfig) -> int:
-    """Responses of a step that can be erased from."""
-    return (
-        config.treated_per_group * config.rollout.groups_per_step if config.rollout.treatment.kind == "erasure" else 0
-    )
-
-
-def dry_run(config: RunConfig) -> None:
-    """Print the resolved configuration and what it comes to; leave it in the run's directory if that is unused."""
-    print(dump_yaml(config), end="")
-    for name, value in derived_sizes(config):
-        print(f"# {name}: {value}")
-    written = write_dry_run(config)
-    print(f"# written to {written}" if written else "# not written: the run's directory already holds a run")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
@@ -159,8 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.fork:
             config = renamed(config, options.fork)
         if options.dry_run:
-            dry_run(config)
-            return OK
+            from learner.dry_run import dry_run
+
+            wrong = dry_run(config, resume=options.resume, compare=options.compare, source=source)
+            return _fail(BAD_INPUT, "\nerror: ".join(wrong)) if wrong else OK
     except (ConfigError, InputError) as error:
         return _fail(BAD_INPUT, str(error))
     except PartError as error:

@@ -13,19 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from common.config import RunConfig, variant
+from common.config import RunConfig
 from common.interfaces import ROLLOUTS, Rollouts
 from learner.cluster import ray_cluster
-from learner.data import PromptStream, check_template_options, read_rows, rows_digest, tokenise
+from learner.comparison import comparison_baselines
+from learner.data import read_rows, rows_digest
 from learner.display import Display
-from learner.driver import Driver, Parts, Problems, is_finished
+from learner.driver import Driver, Parts, is_finished
 from learner.driver_state import DriverState, RunRecord, newest_state
 from learner.errors import InputError, Interrupted, PartError, part
 from learner.fork import check_fork, fork, has_only_begun
 from learner.group import LearnerGroup
 from learner.memory import PeakMemory
-from learner.model_directory import ensure_model, load_tokenizer, with_absolute_model
+from learner.model_directory import check_model, ensure_model, is_made_first, load_tokenizer, with_absolute_model
 from learner.plots import draw_plots
+from learner.problems import Problems, check_tokenizer, make_problems, make_prompt_sets
 from learner.quiet import LOG_NAME, quiet_output
 from learner.report import build_report, comparison_table, final_table, write_report
 from learner.rewards import Rewards, make_rewards, row_check
@@ -35,7 +37,6 @@ from learner.tasks import SPLITS, Split
 
 log = logging.getLogger(__name__)
 
-BASELINES = ("grpo", "temperature_control")
 MOST_STEPS_OF_BASELINE = 4
 """A baseline erases nothing, so it needs more steps for the same tokens; this many times the run's at most."""
 
@@ -103,13 +104,7 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 
     Raises as `train` does; what is wrong with a baseline is said before the run begins.
     """
-    schedule = config.learner.optimizer.schedule
-    if schedule != "constant":
-        raise InputError(
-            f"--compare needs learner.optimizer.schedule: constant, not {schedule}: for the same tokens the baselines "
-            "take other numbers of steps, and so their learning rates would differ"
-        )
-    baselines = [variant(config, preset, f"{config.name}-{preset}") for preset in BASELINES]
+    baselines = comparison_baselines(config)
     if not resume:
         for planned in (config, *baselines):
             check_unused(planned)
@@ -125,13 +120,15 @@ def compare(config: RunConfig, *, resume: bool) -> list[dict[str, Any]]:
 
 @contextmanager
 def _prepared(config: RunConfig) -> Iterator[_Prepared]:
-    """Read the data and load the reward function, which need neither model nor Ray; stop the function afterwards."""
+    """Look for the model, read the data and load the reward function, which needs no Ray; stop it afterwards."""
+    if not is_made_first(config):
+        check_model(config)
     check, notes = row_check(config.reward), list[str]()
     rows = {split: read_rows(config, split, check, notes.append) for split in SPLITS}
     rewards = make_rewards(config.reward, {name for split in rows.values() for row in split for name in row.columns})
     try:
-        read = asyncio.run(rewards.start())
-        rows = {split: with_columns(of_split, read) for split, of_split in rows.items()}
+        reading = asyncio.run(rewards.start())
+        rows = {split: with_columns(of_split, reading.columns) for split, of_split in rows.items()}
         yield _Prepared(rows, rewards, notes)
     finally:
         asyncio.run(rewards.close())
@@ -201,30 +198,15 @@ def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, displa
 def _problems(config: RunConfig, prepared: _Prepared, display: Display) -> Problems:
     display.phase("reading the tokenizer and the prompts")
     tokenizer = load_tokenizer(config)
-    if config.rollout.stop and not tokenizer.is_fast:
-        raise InputError(f"rollout.stop: the tokenizer of {config.model.path} has no tokenizer.json, which it needs")
-    check_template_options(tokenizer, config.data)
-    notes = list(prepared.notes)
-    sets = {split: tokenise(rows, tokenizer, config, split, notes.append) for split, rows in prepared.rows.items()}
-    for text in notes:
+    check_tokenizer(config, tokenizer)
+
+    def note(text: str) -> None:
         log.warning(text)
         display.message(text)
-    limit = config.rollout.max_prompt_tokens
-    for split, prompts in sets.items():
-        if prompts.dropped:
-            text = (
-                f"{prompts.dropped} {split} prompts are longer than rollout.max_prompt_tokens ({limit}) and left "
-                f"out; {len(prompts.prompts)} remain"
-            )
-            log.warning(text)
-            display.message(text)
-    wanted, there = config.evaluation.problems, len(sets["test"].prompts)
-    if there < wanted:
-        text = f"evaluation.problems is {wanted}, but there are {there} test prompts: all of them are taken"
-        log.warning(text)
-        display.message(text)
-    stream = PromptStream(sets["train"].prompts, config.seed, config.rollout.groups_per_step)
-    return Problems(stream, sets["test"].prompts[: config.evaluation.problems], tokenizer)
+
+    for text in prepared.notes:
+        note(text)
+    return make_problems(config, tokenizer, make_prompt_sets(config, tokenizer, prepared.rows, note), note)
 
 
 def _driver(

@@ -88,6 +88,13 @@ class DelimiterSegmentation(StrictModel):
 
 Segmentation = Annotated[FixedSegmentation | DelimiterSegmentation, Field(discriminator="mode")]
 
+TEXT_SEGMENTS = DelimiterSegmentation(
+    delimiter=("\n", ". ", "! ", "? ", '." ', '!" ', '?" ', ".” ", "!” ", "?” ", "。", "！", "？", "؟ ", "। "),  # noqa: RUF001
+    min_length=16,
+    max_length=128,
+)
+"""Lines and sentences, for free text. A full stop alone would cut numbers and abbreviations such as 3.5."""
+
 
 MIN_UNCERTAINTY = 0.02
 """Default floor on U, in nats: where every response is sure, the least unsure one is no error."""

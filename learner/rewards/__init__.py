@@ -7,7 +7,7 @@ from collections.abc import Collection
 from functools import partial
 
 from common.config.data import ChainReward, MathReward, Reward
-from learner.rewards.base import RewardError, RewardItem, Rewards, Score, Tally
+from learner.rewards.base import Reading, RewardError, RewardItem, Rewards, Score, Tally
 from learner.rewards.chain_steps import ChainRewards, check_prompt
 from learner.rewards.math_answers import check_answer, load_math
 from learner.rewards.user_function import load_function
@@ -16,6 +16,7 @@ from learner.rows import Check, accept
 
 __all__ = [
     "ChainRewards",
+    "Reading",
     "RewardError",
     "RewardItem",
     "Rewards",
@@ -34,10 +35,14 @@ def row_check(reward: Reward) -> Check:
     return check_answer if isinstance(reward, MathReward) else accept
 
 
-def make_rewards(reward: Reward, columns: Collection[str] = ()) -> Rewards:
-    """The configured reward, not yet started. `columns`: those of the data set, which a user's function may ask for."""
+def make_rewards(reward: Reward, columns: Collection[str] | None = ()) -> Rewards:
+    """The configured reward, not yet started.
+
+    `columns`: those of the data set, which a user's function may ask for; None if they are not known.
+    """
     if isinstance(reward, ChainReward):
         return ChainRewards()
     if isinstance(reward, MathReward):
         return WorkerRewards(load_math, "math-verify", reward)
-    return WorkerRewards(partial(load_function, reward.function, frozenset(columns)), reward.function, reward)
+    known = None if columns is None else frozenset(columns)
+    return WorkerRewards(partial(load_function, reward.function, known), reward.function, reward)

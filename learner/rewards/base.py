@@ -22,6 +22,14 @@ class RewardItem:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reward reads: columns of the data set (None: all of them), and in `text` all of it, for people."""
+
+    columns: frozenset[str] | None
+    text: str
+
+
 Failure = Literal["timeout", "error", "unusable_answer"]
 
 
@@ -57,8 +65,8 @@ class Tally:
 class Rewards(Protocol):
     """Scores responses without blocking the event loop; every call has a time limit."""
 
-    async def start(self) -> frozenset[str] | None:
-        """Make ready; returns the data set's columns that the reward reads, None for all of them.
+    async def start(self) -> Reading:
+        """Make ready; returns what the reward reads.
 
         Raises InputError if the reward can't be used, before anything else of a run starts.
         """

@@ -1,7 +1,7 @@
 """The chain task's reward: 1 if every written step is right. A fraction of a millisecond, so no process for it."""
 
 from learner.records import BadRowError
-from learner.rewards.base import RewardError, RewardItem, Score, Tally
+from learner.rewards.base import Reading, RewardError, RewardItem, Score, Tally
 from learner.rows import Row
 from learner.tasks import chain
 
@@ -9,8 +9,8 @@ from learner.tasks import chain
 class ChainRewards:
     """See `common.config.data.ChainReward`."""
 
-    async def start(self) -> frozenset[str]:
-        return frozenset()
+    async def start(self) -> Reading:
+        return Reading(frozenset(), "prompt, response")
 
     async def score(self, item: RewardItem) -> Score:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from learner.errors import InputError
 from learner.records import BadRowError
-from learner.rewards.base import RewardItem, UnusableAnswerError
+from learner.rewards.base import Reading, RewardItem, UnusableAnswerError
 from learner.rewards.descriptions import described, shown
 from learner.rewards.final_answer import final_answers, reference_answer
 from learner.rewards.math_notation import latex, words
@@ -51,7 +51,7 @@ def load_math() -> Loaded:
 
     # The first comparison loads sympy's grammar, which can take seconds: no response's time limit should pay for that.
     score(RewardItem("", "", r"\boxed{\frac{1}{2}}", "0.5"))
-    return Loaded(score)
+    return Loaded(score, Reading(frozenset(), "response, answer"))
 
 
 def answer_comparison() -> Callable[[str, str], bool]:

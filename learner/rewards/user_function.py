@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from learner.errors import InputError
-from learner.rewards.base import RewardItem
+from learner.rewards.base import Reading, RewardItem
 from learner.rewards.descriptions import described
 from learner.rewards.worker_process import Loaded
 
@@ -21,8 +21,8 @@ Parameter = inspect.Parameter
 _BY_PLACE = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def load_function(name: str, columns: Collection[str]) -> Loaded:
-    """The user's `module:function` as one that takes a `RewardItem`.
+def load_function(name: str, columns: Collection[str] | None) -> Loaded:
+    """The user's `module:function` as one that takes a `RewardItem`. `columns`: those of the data; None: not known.
 
     Modules in the working directory are found, as with `python -m`. Raises InputError that says what is missing, or
     what the function asks for that there is not.
@@ -32,7 +32,8 @@ def load_function(name: str, columns: Collection[str]) -> Loaded:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         # Some callables of C libraries have no signature.
-        return Loaded(lambda item: _awaited(function(item.prompt, item.response, item.answer)))
+        reading = Reading(frozenset(), f"{', '.join(IN_ORDER)}, in this order")
+        return Loaded(lambda item: _awaited(function(item.prompt, item.response, item.answer)), reading)
     in_order = _takes_three_in_order(parameters, columns)
     by_place = [p for p in parameters if p.kind in _BY_PLACE][: len(IN_ORDER)] if in_order else []
     named = _names(name, [p for p in parameters if p not in by_place], columns)
@@ -46,8 +47,13 @@ def load_function(name: str, columns: Collection[str]) -> Loaded:
         rest = offered if takes_rest else {}
         return _awaited(function(*first, **given, **rest))
 
+    own = frozenset(named) - frozenset(OFFERED)
+    if columns is not None:
+        own &= frozenset(columns)
+    first = (f"{', '.join(IN_ORDER)} in this order",) if in_order else ()
+    rest = ("all there is by name",) if takes_rest else ()
     reads_all = takes_rest or "row" in named
-    return Loaded(call, None if reads_all else frozenset(named) & frozenset(columns))
+    return Loaded(call, Reading(None if reads_all else own, ", ".join((*first, *named, *rest)) or "nothing"))
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -72,7 +78,7 @@ def _find(name: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _takes_three_in_order(parameters: list[Parameter], columns: Collection[str]) -> bool:
+def _takes_three_in_order(parameters: list[Parameter], columns: Collection[str] | None) -> bool:
     """Whether prompt, response and answer come in this order, because some of the first three names mean nothing here.
 
     Not if one of them means something else than its place: that is a function by name with a misspelt parameter.
@@ -82,14 +88,15 @@ def _takes_three_in_order(parameters: list[Parameter], columns: Collection[str])
         return True
     first = by_place[: len(IN_ORDER)]
     known = all(
-        p.kind is not Parameter.POSITIONAL_ONLY and (p.name in OFFERED or p.name in columns or p.default is not p.empty)
+        p.kind is not Parameter.POSITIONAL_ONLY
+        and (p.name in OFFERED or p.name in (columns or ()) or p.default is not p.empty)
         for p in first
     )
     misplaced = any(p.name in OFFERED and p.name != place for p, place in zip(first, IN_ORDER, strict=False))
     return len(first) == len(IN_ORDER) and not known and not misplaced
 
 
-def _names(name: str, parameters: list[Parameter], columns: Collection[str]) -> dict[str, bool]:
+def _names(name: str, parameters: list[Parameter], columns: Collection[str] | None) -> dict[str, bool]:
     """The parameters that are given by name, each with whether it has a default."""
     named = {}
     for parameter in parameters:
@@ -98,7 +105,7 @@ def _names(name: str, parameters: list[Parameter], columns: Collection[str]) -> 
         has_default = parameter.default is not parameter.empty
         if parameter.kind is Parameter.POSITIONAL_ONLY:
             raise InputError(f"{name} takes {parameter.name!r} by its place only; give it a name, without /")
-        if parameter.name in OFFERED or parameter.name in columns:
+        if parameter.name in OFFERED or columns is None or parameter.name in columns:
             named[parameter.name] = has_default
         elif not has_default:
             raise InputError(

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from learner.errors import InputError
-from learner.rewards.base import Failure, RewardItem, UnusableAnswerError
+from learner.rewards.base import Failure, Reading, RewardItem, UnusableAnswerError
 from learner.rewards.descriptions import described, printable
 from learner.rewards.number import NoNumberError, as_reward
 
@@ -31,10 +31,10 @@ RewardFunction = Callable[[RewardItem], Any]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A reward function, and the columns of the data set that it reads: None for all."""
+    """A reward function, and what it reads."""
 
     function: RewardFunction
-    columns: frozenset[str] | None = frozenset()
+    reading: Reading
 
 
 Load = Callable[[], Loaded]
@@ -58,7 +58,7 @@ class Outcome:
     failure: Failure | None = None
     message: str = ""
     traceback: str = ""
-    columns: frozenset[str] | None = frozenset()
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ def _answer(work: Connection, load: Load) -> None:
     except BaseException as error:
         work.send(Outcome(failure="error", message=described(error), traceback=_traceback()))
         return
-    work.send(Outcome(columns=loaded.columns))
+    work.send(Outcome(reading=loaded.reading))
     while True:
         try:
             item = work.recv()

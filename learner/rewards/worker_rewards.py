@@ -6,7 +6,7 @@ import os
 
 from common.config.data import FunctionReward, MathReward
 from learner.errors import InputError
-from learner.rewards.base import RewardError, RewardItem, Score, Tally
+from learner.rewards.base import Reading, RewardError, RewardItem, Score, Tally
 from learner.rewards.worker_process import Load
 from learner.rewards.workers import WorkerPool
 
@@ -25,11 +25,12 @@ class WorkerRewards:
         workers = settings.workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         self._pool = WorkerPool(load, workers, settings.start_seconds)
 
-    async def start(self) -> frozenset[str] | None:
+    async def start(self) -> Reading:
         outcome = await self._pool.start()
         if outcome.failure is not None:
             raise InputError(f"reward {self._name}: {outcome.message}")
-        return outcome.columns
+        assert outcome.reading is not None
+        return outcome.reading
 
     async def score(self, item: RewardItem) -> Score:
         limit = self._settings.timeout_seconds

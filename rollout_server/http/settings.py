@@ -15,7 +15,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from common.config.erasure import ErasurePolicy
+from common.config.erasure import TEXT_SEGMENTS, ErasurePolicy
 from common.config.loading import read_yaml
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -37,9 +37,15 @@ def _decode(value: Any) -> Any:
         raise ValueError(f"not valid JSON: {error}") from error
 
 
+def _decode_policy(value: Any) -> Any:
+    """A policy that does not say how responses are cut has segments that follow the text, so that streams flow."""
+    policy = _decode(value)
+    return {"segmentation": TEXT_SEGMENTS, **policy} if isinstance(policy, dict) else policy
+
+
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 TokenIds = Annotated[tuple[int, int] | None, NoDecode, BeforeValidator(_split)]
-Policy = Annotated[ErasurePolicy, NoDecode, BeforeValidator(_decode)]
+Policy = Annotated[ErasurePolicy, NoDecode, BeforeValidator(_decode_policy)]
 
 
 class _Group:
@@ -96,7 +102,8 @@ class ServerSettings(BaseSettings):
     )
 
     erasure: Policy = _erasure(
-        ErasurePolicy(), "Policy for requests without an `erasure` object, and what such objects leave out. JSON."
+        ErasurePolicy(segmentation=TEXT_SEGMENTS),
+        "Policy for requests without an `erasure` object, and what such objects leave out. JSON.",
     )
     erasure_enabled: bool = _erasure(True, "Whether requests without an `erasure` object are generated with erasure.")
 

@@ -9,6 +9,7 @@ import pytest
 from tests.http_server import ServerProcess
 
 ERASURE = {"segmentation": {"mode": "fixed", "length": 4}, "threshold": 0, "max_erasures": 1}
+"""The threshold is a number: under the server's adaptive one, what other tests generated would change the answers."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,10 @@ def test_completion_stream(client: openai.OpenAI, server: ServerProcess, mode: s
 
 def test_chat(client: openai.OpenAI, server: ServerProcess) -> None:
     messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    request: dict[str, Any] = {"model": server.model, "messages": messages, "seed": 1, "max_completion_tokens": 10}
+    request: dict[str, Any] = {
+        "model": server.model, "messages": messages, "seed": 1, "max_completion_tokens": 10,
+        "extra_body": {"erasure": ERASURE},
+    }  # fmt: skip
     answer = client.chat.completions.create(**request, logprobs=True, top_logprobs=3, n=2)
     assert [choice.message.role for choice in answer.choices] == ["assistant"] * 2
     for choice in answer.choices:
@@ -90,9 +94,11 @@ def test_log_probs_of_live_chunks_are_those_of_the_whole_answer(server: ServerPr
 
 
 def test_stop(client: openai.OpenAI, server: ServerProcess) -> None:
-    whole = client.completions.create(model=server.model, prompt="Hello", max_tokens=40, seed=2).choices[0].text
+    request: dict[str, Any] = {"model": server.model, "prompt": "Hello", "max_tokens": 40, "seed": 2}
+    request["extra_body"] = {"erasure": ERASURE}
+    whole = client.completions.create(**request).choices[0].text
     stop = whole[10:12]
-    cut = client.completions.create(model=server.model, prompt="Hello", max_tokens=40, seed=2, stop=stop).choices[0]
+    cut = client.completions.create(**request, stop=stop).choices[0]
     assert cut.text == whole[: whole.index(stop)]
     assert cut.finish_reason == "stop"
 

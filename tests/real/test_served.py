@@ -8,6 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from common.config.erasure import TEXT_SEGMENTS
+from common.segmentation import segment_length
+from common.token_bytes import token_bytes
 from common.trajectory import Trajectory
 from tests.engines import ReferenceModel
 from tests.http_server import ServerProcess, events, texts
@@ -103,6 +106,27 @@ def test_streams_of_multi_byte_text_are_the_whole_answer(
         answer = real_server.post("/v1/completions", **streamed)
         chunks = list(events(iter(answer.text.split("\n"))))
         assert texts(chunks, len(choices)) == [choice["text"] for choice in choices], mode
+
+
+def test_by_default_a_stream_flows_by_lines_and_sentences(real_server: ServerProcess, tokenizer: Any) -> None:
+    answer = real_server.post(
+        "/v1/completions",
+        prompt="The history of the bicycle is long.",
+        max_tokens=96,
+        seed=2,
+        temperature=0.7,
+        stream=True,
+    )
+    chunks = list(events(iter(answer.text.split("\n"))))
+    assert sum(bool(chunk["choices"][0]["text"]) for chunk in chunks) >= 3
+    reports = [choice["erasure"] for chunk in chunks for choice in chunk["choices"] if choice.get("erasure")]
+    (segments,) = (report["segments"] for report in reports if report["event"] == "finish")
+    known = token_bytes(tokenizer)
+    for segment in segments:
+        texts = [known[token] for token in segment["token_ids"]]
+        ended = segment_length(texts, TEXT_SEGMENTS, 96 - segment["start"])
+        assert ended == len(texts) or (ended is None and segment is segments[-1])
+    assert sum(len(segment["token_ids"]) < 128 for segment in segments) >= 3
 
 
 def test_chat_through_the_openai_client_follows_the_models_template(

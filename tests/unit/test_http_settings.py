@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from common.config import DelimiterSegmentation, FixedSegmentation
+from common.config.erasure import TEXT_SEGMENTS, Segmentation
 from rollout_server.http.command_line import UsageError, parser, read_settings
 from rollout_server.http.settings import ServerSettings
 
@@ -106,3 +108,22 @@ def test_help_has_every_setting_in_a_group(capsys: pytest.CaptureFixture[str]) -
         assert "--" + name.replace("_", "-") in text
     for group in ("model:", "listeners:", "erasure:", "replicas:", "limits:", "observability:"):
         assert f"\n{group}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, TEXT_SEGMENTS),
+        ('{"kappa": 0.5}', TEXT_SEGMENTS),
+        ('{"segmentation": {"mode": "fixed", "length": 8}}', FixedSegmentation(length=8)),
+        ('{"segmentation": {"mode": "delimiter", "delimiter": "x"}}', DelimiterSegmentation(delimiter="x")),
+    ],
+)
+def test_segments_follow_the_text_unless_a_policy_cuts_otherwise(given: str | None, expected: Segmentation) -> None:
+    flags = [] if given is None else ["--erasure", given]
+    assert read_settings(["--model", "m", *flags]).erasure.segmentation == expected
+
+
+def test_a_policy_is_as_it_was_after_it_was_printed() -> None:
+    policy = read_settings(["--model", "m"]).erasure
+    assert read_settings(["--model", "m", "--erasure", policy.model_dump_json(exclude_none=True)]).erasure == policy

@@ -86,12 +86,12 @@ def test_a_function_gets_what_its_parameters_name(
     found = loaded(function)
     assert found.function(ITEM) == result
     # Rows are kept in memory for so much only.
-    assert found.columns == columns
+    assert found.reading.columns == columns
 
 
 def test_keywords_of_any_name_get_all_there_is(loaded: Callable[[Any], Any]):
     found = loaded(everything)
-    assert found.columns is None
+    assert found.reading.columns is None
     given = found.function(ITEM)
     assert given["level"] == 5
     assert given["prompt"] == "the prompt"

@@ -7,7 +7,7 @@ import pytest
 from common import metrics as names
 from common.trajectory import Group, Prompt, Trajectory
 from learner.errors import PartError
-from learner.rewards import RewardError, RewardItem, Score, Tally
+from learner.rewards import Reading, RewardError, RewardItem, Score, Tally
 from learner.scoring import Scored, Scoring
 from tests.fake_parts import TOKENIZER
 from tests.trajectories import attempt_of, trajectory
@@ -22,8 +22,8 @@ class GatedRewards:
         self.failing = failing
         self.cancelled = 0
 
-    async def start(self) -> frozenset[str]:
-        return frozenset()
+    async def start(self) -> Reading:
+        return Reading(frozenset(), "")
 
     async def score(self, item: RewardItem) -> Score:
         self.items.append(item)

@@ -18,13 +18,26 @@ from tests.configs import run_config
 
 
 def config(tmp_path: Path, **changes: Any) -> RunConfig:
-    return run_config(runs_directory=str(tmp_path / "runs"), **changes)
+    """A configuration with a model directory that looks whole and whose tokenizer can't be read."""
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    header = b"{}"
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return run_config(**{"runs_directory": str(tmp_path / "runs"), "model": {"path": str(model)}} | changes)
+
+
+def test_a_model_that_is_not_there_is_refused_before_the_data_is_read(tmp_path: Path):
+    data = {"source": "file", "train_path": str(tmp_path / "nowhere.jsonl"), "test_path": str(tmp_path / "n.jsonl")}
+    with pytest.raises(InputError, match=r"model\.path: there is no directory"):
+        train(config(tmp_path, model={"path": str(tmp_path / "nowhere")}, data=data), resume=False)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_can_not_begin_leaves_no_directory_and_no_process(tmp_path: Path):
     reward = {"kind": "function", "function": "tests.user_rewards:length"}
-    with pytest.raises(InputError, match=r"model\.path: .* no model directory|no directory"):
-        train(config(tmp_path, model={"path": str(tmp_path / "nowhere")}, reward=reward), resume=False)
+    with pytest.raises(InputError, match=r"model\.path: .* can't be loaded"):
+        train(config(tmp_path, reward=reward), resume=False)
     assert multiprocessing.active_children() == []
     assert list((tmp_path / "runs").iterdir()) == []
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.errors import InputError
-from learner.model_directory import ensure_model
+from learner.model_directory import check_model, ensure_model
 from learner.tasks.chain import generate
 from learner.warm_start import (
     SETTINGS_FILE,
@@ -176,4 +176,5 @@ def test_a_run_on_chains_of_another_length_is_refused(tmp_path: Path) -> None:
         config = run_config(data={"source": "chain", "length": length}, model={"path": str(output), "warm_start": True})
         expected = pytest.raises(InputError, match="was made for chains of 3 steps") if refused else nullcontext()
         with expected:
+            check_model(config)
             ensure_model(config, lambda *_: pytest.fail("the model was made again"))
