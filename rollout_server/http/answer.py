@@ -19,7 +19,7 @@ from rollout_server.http.logs import FIELDS
 from rollout_server.http.middleware import REQUEST_ID, STARTED, send_error
 from rollout_server.http.replicas import GenerationAborted, NoWeights, RequestRefused
 from rollout_server.http.service import Service
-from rollout_server.http.slices import in_slices
+from rollout_server.http.slices import joined
 
 log = logging.getLogger("e3rl.http")
 LAST_WORDS_SECONDS = 2.0
@@ -116,7 +116,7 @@ class GenerationAnswer(Response):
             else:
                 await generation.finish()
                 # First: what fails here must still be answered with an error.
-                body = b"".join([piece async for piece in in_slices(self._encoder.whole(generation.choices))])
+                body = await joined(self._encoder.whole(generation.choices))
                 await self._start(send, "application/json", len(body))
                 await send({"type": "http.response.body", "body": body})
         finally:
@@ -131,7 +131,7 @@ class GenerationAnswer(Response):
                 if not self._started:
                     await self._start(send, self._encoder.media_type)
                 pieces = (piece for choice, chunk in batch for piece in self._encoder.chunk(choice, chunk))
-                body = b"".join([piece async for piece in in_slices(pieces)])
+                body = await joined(pieces)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._encoder.end(generation.choices)})
 

@@ -32,8 +32,8 @@ from rollout_server.http.schema.rollouts import RolloutRequest
 from rollout_server.http.schema.sampling import SamplingRequest
 from rollout_server.http.schema.text import DetokenizeRequest, TokenizeRequest
 from rollout_server.http.service import RequestObserver, Service
-from rollout_server.http.slices import in_slices
 from rollout_server.http.service_routes import add_service_routes
+from rollout_server.http.slices import Slices
 
 DESCRIPTION = "Erasable generation, compatible with OpenAI's API. What is ours is in the object `erasure`."
 GENERATION_ERRORS = (400, 404, 429, 503, 504)
@@ -209,7 +209,8 @@ async def _groups(
     service.check_extras(extras, policy)
     sentinels = 0 if policy is None else 1
     groups = []
-    async for number, prompt in in_slices(enumerate(prompts)):
+    slices = Slices()
+    for number, prompt in enumerate(prompts):
         where = lengths.prompt_name if len(prompts) == 1 else f"{lengths.prompt_name}[{number}]"
         names = where, lengths.max_tokens_name
         length = service.response_length(len(prompt), lengths.max_tokens, lengths.default, sentinels, names)
@@ -233,6 +234,7 @@ async def _groups(
             **known,
         )
         groups.append(_members(template, body.choices))
+        await slices.turn()
     return groups
 
 
@@ -242,7 +244,8 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
     plain = policy is None
     _check_choices(service, sum(group.n for group in body.groups))
     groups: list[list[ResponseRequest]] = []
-    async for number, group in in_slices(enumerate(body.groups)):
+    slices = Slices()
+    for number, group in enumerate(body.groups):
         where = f"groups[{number}].prompt_token_ids"
         check_token_ids(group.prompt_token_ids, service.facts.vocabulary, where)
         length = service.response_length(len(group.prompt_token_ids), body.max_tokens, None, 1, (where, "max_tokens"))
@@ -268,6 +271,7 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
             erasable=False,
         )
         groups.append(_members(template, group.n, erasable))
+        await slices.turn()
     options = ChoiceOptions(segments=False)
     maker = service.choice_maker(_observer(service, request), options, TextOptions())
     return GenerationAnswer(service, _client(request), groups, maker, RolloutEncoder(), streams=True)

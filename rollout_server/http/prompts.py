@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateError
 from rollout_server.http.errors import bad_request
 from rollout_server.http.schema.chat_request import Message, TemplateOptions
 from rollout_server.http.schema.sampling import SamplingRequest
-from rollout_server.http.slices import in_slices
+from rollout_server.http.slices import Slices
 
 Result = TypeVar("Result")
 
@@ -53,10 +53,12 @@ async def completion_prompts(
     if isinstance(prompt[0], str):
         prompt = await _all_tokenized(tokenizer, prompt, special=special)
     prompts = []
-    async for number, token_ids in in_slices(enumerate(prompt)):
+    slices = Slices()
+    for number, token_ids in enumerate(prompt):
         where = "prompt" if len(prompt) == 1 else f"prompt[{number}]"
         check_token_ids(token_ids, vocabulary, where)
         prompts.append(token_ids if truncation is None else truncation.apply(token_ids))
+        await slices.turn()
     return prompts
 
 

@@ -17,7 +17,7 @@ from rollout_server.http.prompts import aside, chat_prompt, check_in_vocabulary,
 from rollout_server.http.schema.service import IsPaused, Load, Model, Models, NotReady, Ready, ReplicaProbe, Version
 from rollout_server.http.schema.text import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from rollout_server.http.service import Service
-from rollout_server.http.slices import in_slices
+from rollout_server.http.slices import joined
 
 FRESH_SECONDS = 1.0
 """How long metrics wait for what engines say of themselves before they tell what was said before."""
@@ -143,7 +143,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         names = map(tokenizer.convert_ids_to_tokens, tokens) if body.return_token_strs else None
         lists = {"tokens": tokens, "token_strs": names}
         pieces = object_pieces(answer.model_dump(exclude=set(lists)), lists)
-        return Response(b"".join([piece async for piece in in_slices(pieces)]), media_type="application/json")
+        return Response(await joined(pieces), media_type="application/json")
 
     @app.post(
         "/detokenize",

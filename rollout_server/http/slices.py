@@ -2,14 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 SLICE_SECONDS = 0.01
 AT_ONCE = 16
 """Tasks that begin or end in one turn of the loop: it runs all that are ready before it looks at anything else."""
-
-Item = TypeVar("Item")
 
 
 class Slices:
@@ -25,12 +23,14 @@ class Slices:
             self._began = time.perf_counter()
 
 
-async def in_slices(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """The items, each of which is made in a moment, with turns for everything else between them."""
+async def joined(pieces: Iterable[bytes]) -> bytes:
+    """The pieces as one, with turns for everything else between them: each is made in a moment."""
     slices = Slices()
-    for item in items:
-        yield item
+    made = []
+    for piece in pieces:
+        made.append(piece)
         await slices.turn()
+    return b"".join(made)
 
 
 async def begun(calls: Iterable[tuple[Any, ...]], tasks: "list[asyncio.Task[None]]") -> None:
