@@ -6,6 +6,7 @@ MAKEFLAGS += --no-print-directory
 PY := .venv/bin/python
 MODEL := runs/models/demo
 REAL_MODEL := runs/models/smollm2
+SCRIPTS := $(wildcard deploy/*.sh deploy/*/*.sh)
 ARGS ?=
 
 export TARGET PYTHON
@@ -46,9 +47,11 @@ test-real: real-model ## The tests that need a pretrained model (not part of mak
 bench: setup ## Measure the performance targets; the table is also in runs/bench/latest.json
 	@$(PY) -m tests.benchmarks.run $(ARGS)
 
-lint: setup ## ruff: lint rules and formatting
+lint: setup ## ruff (rules, formatting), shellcheck (scripts), hadolint (deploy/Dockerfile)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@.venv/bin/shellcheck .ci/run $(SCRIPTS)
+	@.venv/bin/hadolint deploy/Dockerfile
 
 format: setup ## Apply ruff's formatting and safe fixes
 	@$(PY) -m ruff check --fix .

@@ -11,7 +11,7 @@ from common.config.run import RunConfig
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import SyncReport, WeightUpdate
 
-ROLLOUTS = "rollout_server.pool:RolloutPool"
+ROLLOUTS = "rollout_server.replicas.training_pool:RolloutPool"
 
 
 class Rollouts(Protocol):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from common.config import ConfigError, RunConfig, build_config
 from common.config.loading import changed, read_assignments, read_yaml, renamed
-from learner.errors import InputError, Interrupted, PartError
-from learner.run_directory import CONFIG, directory_of
+from learner.run.errors import InputError, Interrupted, PartError
+from learner.run.run_directory import CONFIG, directory_of
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.fork:
             config = renamed(config, options.fork)
         if options.dry_run:
-            from learner.dry_run import dry_run
+            from learner.run.dry_run import dry_run
 
             wrong = dry_run(config, resume=options.resume, compare=options.compare, source=source)
             return _fail(BAD_INPUT, "\nerror: ".join(wrong)) if wrong else OK
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(config: RunConfig, options: argparse.Namespace, source: Path | None) -> int:
     resume_hint = f"continue with --resume (name: {config.name})"
     try:
-        from learner import training_run
+        from learner.run import training_run
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "stopped before the run began")
     try:

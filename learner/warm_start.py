@@ -31,7 +31,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from transformers.utils.logging import disable_progress_bar
 
 from common.seeds import derive_seed
-from learner.tasks.chain import ChainProblem, apply_operation, generate
+from learner.environments.tasks.chain import ChainProblem, apply_operation, generate
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"

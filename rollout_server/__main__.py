@@ -3,9 +3,9 @@
 import os
 import sys
 
-from rollout_server.http.command_line import UsageError, read_settings
-from rollout_server.http.model_files import check_model_argument
-from rollout_server.http.phases import Phases
+from rollout_server.http.server.command_line import UsageError, read_settings
+from rollout_server.http.server.model_files import check_model_argument
+from rollout_server.http.server.phases import Phases
 
 
 def main() -> int:
@@ -15,7 +15,7 @@ def main() -> int:
         settings = read_settings()
         check_model_argument(settings.model)
         if not settings.serve:
-            from rollout_server.http.listeners import bind
+            from rollout_server.http.server.listeners import bind
 
             for sock in bind(settings):
                 sock.close()
@@ -25,7 +25,7 @@ def main() -> int:
     phases.begin("loading libraries")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rollout_server.http.serve import run
+    from rollout_server.http.server.serve import run
 
     return run(settings, phases)
 

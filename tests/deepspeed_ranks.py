@@ -13,8 +13,8 @@ def gradient_norms(rank: int, world_size: int, port: int, configs: list[RunConfi
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch.distributed
 
-    from learner.batching import rank_batches, split_minibatches
-    from learner.rank import LearnerRank
+    from learner.policy.batching import rank_batches, split_minibatches
+    from learner.policy.rank import LearnerRank
 
     environment = {
         "RANK": str(rank),

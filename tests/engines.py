@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.config import EngineConfig, ModelConfig
 from common.trajectory import Attempt, ResponseRequest, Trajectory
-from rollout_server.engine import ErasableEngine
+from rollout_server.engine.engine import ErasableEngine
 
 T = TypeVar("T")
 TEST_SECONDS = 300.0

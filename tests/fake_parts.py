@@ -13,7 +13,7 @@ from common.config.run import RunConfig
 from common.seeds import attempt_seed
 from common.trajectory import Attempt, Group, ResponseRequest, Trajectory, Verdict
 from common.weights import ReplicaSync, SyncReport, WeightUpdate
-from learner.tasks import chain
+from learner.environments.tasks import chain
 from tests.models import byte_tokenizer
 from tests.trajectories import attempt_of
 

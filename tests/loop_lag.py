@@ -1,7 +1,6 @@
 """How long requests hold the event loop, in CPU time, so that it does not matter what else the machine does."""
 
 import asyncio
-import json
 import time
 from asyncio.events import Handle
 from collections.abc import Iterator

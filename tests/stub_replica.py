@@ -9,13 +9,13 @@ import torch
 
 from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
 from common.weights import NonFiniteLogits, WeightUpdate
-from rollout_server.http.admin import WeightLoader, admin_app
-from rollout_server.http.app import public_app
-from rollout_server.http.replicas import EngineFacts, ReplicaLost, ReplicaSet
-from rollout_server.http.service import Service
-from rollout_server.http.settings import ServerSettings
-from rollout_server.http.tracing import Tracing
-from rollout_server.http.use import EngineUse
+from rollout_server.http.routes.admin import WeightLoader, admin_app
+from rollout_server.http.routes.public import public_app
+from rollout_server.http.routes.service import Service
+from rollout_server.http.server.settings import ServerSettings
+from rollout_server.http.server.tracing import Tracing
+from rollout_server.replicas.pool import EngineFacts, ReplicaLost, ReplicaSet
+from rollout_server.replicas.use import EngineUse
 from tests.http_server import events
 from tests.models import byte_tokenizer
 from tests.trajectories import attempt_of

@@ -16,7 +16,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config import EngineConfig, ErasurePolicy, FixedSegmentation, ModelConfig
 from common.trajectory import ResponseRequest, Trajectory
-from rollout_server.engine import ErasableEngine
+from rollout_server.engine.engine import ErasableEngine
 from tests.benchmarks.report import Finding
 from tests.benchmarks.workload import CONCURRENT, Workload, benchmark_model
 

@@ -56,7 +56,7 @@ ENGINE_SCRIPT = """
 import asyncio, sys, time
 from common.config import EngineConfig, ErasurePolicy, ModelConfig
 from common.trajectory import ResponseRequest
-from rollout_server.engine import ErasableEngine
+from rollout_server.engine.engine import ErasableEngine
 from tests.benchmarks.http import ERASURE, WORK
 from tests.benchmarks.workload import CONCURRENT
 

@@ -8,7 +8,7 @@ import torch
 from common.config import ErasurePolicy, FixedSegmentation
 from common.threshold import History
 from rollout_server.monitor import Field, Judged, SegmentMonitor, SlotSpec
-from rollout_server.records import Inbox, JudgementRecord, Outbox
+from rollout_server.monitor.records import Inbox, JudgementRecord, Outbox
 
 pytestmark = pytest.mark.gpu
 

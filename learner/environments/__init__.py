@@ -1,0 +1,1 @@
+"""What is trained on: data sets, made-up tasks, and rewards."""

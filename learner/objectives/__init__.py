@@ -1,0 +1,1 @@
+"""Policy objectives, one a file, each with its equation and source."""

@@ -1,0 +1,353 @@
+"""The learner as the driver sees it: one Ray actor per DeepSpeed rank, called together."""
+
+import asyncio
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from common import metrics
+from common.config.run import LearnerConfig, MaskOverlong, RunConfig
+from common.manifest import write_manifest
+from common.out_of_memory import learner_advice, ran_out_of_memory
+from common.trajectory import Group
+from common.weights import WeightUpdate
+from learner.environments.overlong import shaped_groups
+from learner.objectives.clipped import ObjectiveStatistics
+from learner.policy.batching import RankBatch, rank_batches, split_minibatches, token_counts
+from learner.policy.model import PolicyError
+from learner.policy.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, NotFiniteError, Placement
+from learner.run.errors import PartError
+from learner.weights.host import WrittenWeights, file_prefix, remove_weight_files
+
+GRACE_SECONDS = 5.0
+"""How long the other ranks have to answer after one has failed: a dead one shows up after its peers' errors."""
+
+
+class LearnerError(RuntimeError):
+    """The learner can't go on; the message says which rank failed at what, and why."""
+
+
+class LearnerGroup:
+    """All ranks of the learner. After a LearnerError from a running group only `close` is of use.
+
+    Ray must be connected. Deadlines: `learner.step_seconds` for everything but weight export, which has
+    `sync.deadline_seconds`.
+    """
+
+    def __init__(self, config: RunConfig, log_directory: Path) -> None:
+        self._config = config
+        self._log_directory = log_directory.resolve()
+        self._ranks: list[Any] = []
+        self._failure: str | None = None
+
+    async def start(self) -> None:
+        """Start the ranks and load the model. Raises LearnerError with the reason if it can't be loaded."""
+        await asyncio.to_thread(remove_weight_files, self._config.name, os.getpid())
+        self._log_directory.mkdir(parents=True, exist_ok=True)
+        on_gpus = trains_on_gpus(self._config, int(ray.cluster_resources().get("GPU", 0.0)))
+        options = self._actor_options(on_gpus)
+        actor = ray.remote(LearnerRank)
+        self._ranks = [
+            actor.options(**options).remote(self._config, rank, str(self._log_directory))
+            for rank in range(self._config.learner.ranks)
+        ]
+        seconds = self._config.learner.step_seconds
+        placements: list[Placement] = await self._call("place", "starting", seconds)
+        each = [(environment,) for environment in environments(placements, on_gpus)]
+        await self._call("start", "loading the model", seconds, each=each)
+
+    async def train_step(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Train on one rollout, `minibatches_per_step` optimizer steps; metrics by the names of `common.metrics`.
+
+        Everything but the order of minibatches, which `seed` and `step` decide, is given by `groups`.
+        """
+        minibatches = await asyncio.to_thread(self._minibatches, groups, step)
+        work = [([batches[rank] for batches in minibatches],) for rank in range(len(self._ranks))]
+        results: list[list[MinibatchResult]] = await self._call(
+            "train", f"training step {step}", self._config.learner.step_seconds, each=work
+        )
+        return _step_metrics(minibatches, results, self._config.learner.objective.kl_coefficient > 0.0)
+
+    async def export_weights(self, version: int) -> WeightUpdate:
+        """Write the current weights once, for every replica on this machine to read, until `release_weights`.
+
+        Raises:
+            PartError: of the learner, a parameter is not finite.
+        """
+        name = f"{file_prefix(self._config.name, os.getpid())}v{version}.safetensors"
+        results: list[WrittenWeights | None] = await self._call(
+            "export_weights",
+            f"exporting weights version {version}",
+            self._config.sync.deadline_seconds,
+            each=[(name,)] * len(self._ranks),
+        )
+        written = results[0]
+        if written is None:
+            raise LearnerError(f"rank 0 wrote no weights for version {version}")
+        if written.not_finite is not None:
+            await asyncio.to_thread(Path(written.path).unlink, missing_ok=True)
+            # As a failure of the learner, so that no checkpoint is made of these weights.
+            raise PartError("learner", f"weights version {version}: {written.not_finite} holds NaN or infinity")
+        return WeightUpdate(
+            version=version,
+            backend=self._config.sync.backend,
+            path=written.path,
+            checksum=written.checksum,
+            bytes=written.bytes,
+        )
+
+    async def release_weights(self, update: WeightUpdate) -> None:
+        """Remove an exported file that every replica has read."""
+        await asyncio.to_thread(Path(update.path).unlink, missing_ok=True)
+
+    async def save_checkpoint(self, directory: Path) -> None:
+        """Write a checkpoint to `directory`, which appears complete or not at all."""
+        await self._write(directory, "save_checkpoint", f"saving the checkpoint {directory}")
+
+    async def load_checkpoint(self, directory: Path) -> None:
+        """Continue from a checkpoint, bit for bit. Raises LearnerError if it was written by another set-up."""
+        self._check_checkpoint(directory)
+        await self._call(
+            "load_checkpoint",
+            f"loading the checkpoint {directory}",
+            self._config.learner.step_seconds,
+            each=[(str(directory.resolve()),)] * len(self._ranks),
+        )
+
+    async def export_huggingface(self, directory: Path) -> None:
+        """Write the policy and its tokenizer as transformers and vLLM load them; complete or not at all."""
+        await self._write(directory, "export_huggingface", f"exporting the model to {directory}", manifest=True)
+
+    async def close(self) -> None:
+        """Stop the ranks, dead or alive, and remove the weight files of this process. May be called twice."""
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        self._ranks = []
+        await asyncio.to_thread(remove_weight_files, self._config.name, os.getpid())
+
+    def _actor_options(self, on_gpus: bool) -> dict[str, Any]:
+        environment = {
+            "OMP_NUM_THREADS": str(self._config.learner.threads_per_rank),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if not on_gpus:
+            environment["DS_ACCELERATOR"] = "cpu"
+        return {
+            # Ranks idle while replicas generate, so they share the CPUs of a small machine with them.
+            "num_cpus": 0,
+            "num_gpus": 1 if on_gpus else 0,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": environment},
+        }
+
+    def _minibatches(self, groups: Sequence[Group], step: int) -> list[list[RankBatch]]:
+        """[minibatch][rank]"""
+        learner = self._config.learner
+        groups = shaped_groups(groups, learner.overlong, self._config.rollout.max_response_tokens)
+        parts = split_minibatches(
+            groups, learner.advantage, learner.minibatches_per_step, self._config.seed, step, learner.overlong
+        )
+        if not parts:
+            if not isinstance(learner.overlong, MaskOverlong):
+                raise ValueError(f"step {step} has no response to learn from")
+            # All were cut off. The optimizer takes its step with a gradient of 0, as for groups without signal.
+            parts = [[]]
+        # A KL to the start policy pulls at responses without an advantage, too.
+        skip = learner.objective.kl_coefficient == 0.0
+        return [rank_batches(part, learner.ranks, learner.tokens_per_microbatch, skip) for part in parts]
+
+    def _check_checkpoint(self, directory: Path) -> None:
+        path = directory / CHECKPOINT_DESCRIPTION
+        if not path.is_file():
+            raise LearnerError(f"{directory} is not a learner checkpoint: it has no {CHECKPOINT_DESCRIPTION}")
+        found = json.loads(path.read_text())
+        learner = self._config.learner
+        expected = {
+            "ranks": learner.ranks,
+            "zero_stage": learner.zero_stage,
+            "dtype": self._config.model.dtype,
+        }
+        differing = [
+            f"{key} {found.get(key)} there, {value} here" for key, value in expected.items() if found.get(key) != value
+        ]
+        if differing:
+            raise LearnerError(f"checkpoint {directory} was written by another set-up: {', '.join(differing)}")
+
+    async def _write(self, directory: Path, method: str, what: str, manifest: bool = False) -> None:
+        """Let the ranks write beside `directory`, then rename: an interruption leaves no half of it."""
+        directory = directory.resolve()
+        partial_directory = directory.with_name(f".{directory.name}.partial")
+        await asyncio.to_thread(shutil.rmtree, partial_directory, ignore_errors=True)
+        partial_directory.mkdir(parents=True)
+        try:
+            await self._call(
+                method,
+                what,
+                self._config.learner.step_seconds,
+                each=[(str(partial_directory),)] * len(self._ranks),
+            )
+            if manifest:
+                await asyncio.to_thread(write_manifest, partial_directory)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, partial_directory, ignore_errors=True)
+            raise
+        await asyncio.to_thread(_publish, partial_directory, directory)
+
+    async def _call(
+        self, method: str, what: str, seconds: float, each: Sequence[tuple[Any, ...]] | None = None
+    ) -> list[Any]:
+        """Call `method` on every rank, with its own arguments, and return their answers in order of rank."""
+        if self._failure is not None:
+            raise LearnerError(f"the learner has failed before: {self._failure}")
+        if not self._ranks:
+            raise LearnerError(f"{what}: the learner is not started")
+        arguments = each if each is not None else [()] * len(self._ranks)
+        waits = [
+            asyncio.ensure_future(_answer(getattr(rank, method).remote(*own)))
+            for rank, own in zip(self._ranks, arguments, strict=True)
+        ]
+        try:
+            _, pending = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+            errors = _errors(waits)
+            if pending and errors and not any(isinstance(error, RayActorError) for error in errors.values()):
+                await asyncio.wait(pending, timeout=GRACE_SECONDS)
+                errors = _errors(waits)
+            if errors or pending:
+                waiting = [not wait.done() for wait in waits]
+                failure = _failure(errors, waiting, what, seconds, self._config.learner)
+                self._failure = str(failure)
+                # Their peers would wait for the lost rank until the process group's own deadline.
+                for rank in self._ranks:
+                    ray.kill(rank, no_restart=True)
+                raise failure
+            return [wait.result() for wait in waits]
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+
+async def _answer(reference: Any) -> Any:
+    return await asyncio.wrap_future(reference.future())
+
+
+def _errors(waits: Sequence["asyncio.Future[Any]"]) -> dict[int, BaseException]:
+    """What ranks have failed with so far, by rank."""
+    return {rank: error for rank, wait in enumerate(waits) if wait.done() and (error := wait.exception())}
+
+
+def _failure(
+    errors: Mapping[int, BaseException], waiting: Sequence[bool], what: str, seconds: float, learner: LearnerConfig
+) -> LearnerError:
+    """Which rank failed at `what`, and as `__cause__` with what: a dead one before the errors of its peers."""
+    if not errors:
+        missing = ", ".join(str(rank) for rank, waits in enumerate(waiting) if waits)
+        return LearnerError(f"{what}: no answer from learner rank {missing} within {seconds:g} s")
+    rank = min(errors, key=lambda rank: (not isinstance(errors[rank], RayActorError), rank))
+    error = errors[rank]
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, RayActorError):
+        # A process that the kernel killed for its memory says nothing of it.
+        advice = learner_advice(learner, ran_out_of_memory(str(error)))
+        failure = LearnerError(f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]} ({advice})")
+    elif isinstance(cause, PolicyError):
+        failure = LearnerError(str(cause))
+    elif isinstance(cause, NotFiniteError):
+        failure = LearnerError(
+            f"{what}: {cause}. The checkpoint of the step before is not touched: --resume does this step again, --fork "
+            "NAME goes on from there with other settings, such as a lower learning rate"
+        )
+    else:
+        text = f"{type(cause).__name__}: {cause}"
+        if ran_out_of_memory(text):
+            text = f"{text.splitlines()[0]} ({learner_advice(learner, certain=True)})"
+        failure = LearnerError(f"{what}: learner rank {rank} failed: {text}")
+    failure.__cause__ = cause
+    return failure
+
+
+def trains_on_gpus(config: RunConfig, gpus: int) -> bool:
+    """Whether each rank gets one of the cluster's GPUs; with too few a float32 model is trained on the CPUs.
+
+    Raises LearnerError if they are too few for another one.
+    """
+    replicas, ranks = config.rollout.engine.replicas, config.learner.ranks
+    if gpus == 0 or gpus >= replicas + ranks:
+        return gpus > 0
+    if config.model.dtype != "float32":
+        raise LearnerError(
+            f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas + learner.ranks "
+            f"({replicas} + {ranks} = {replicas + ranks})"
+        )
+    return False
+
+
+def environments(placements: Sequence[Placement], on_gpus: bool) -> list[dict[str, str]]:
+    """What DeepSpeed and torch read of the environment, for each rank."""
+    nodes = [placement.node for placement in placements]
+    one_machine = len(set(nodes)) == 1
+    result = []
+    for rank, placement in enumerate(placements):
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(placements)),
+            # The number of the rank's device: Ray shows each actor its own GPU alone.
+            "LOCAL_RANK": "0" if on_gpus else str(nodes[:rank].count(placement.node)),
+            "LOCAL_SIZE": str(nodes.count(placement.node)),
+            "MASTER_ADDR": "127.0.0.1" if one_machine else placements[0].address,
+            "MASTER_PORT": str(placements[0].port),
+        }
+        if one_machine:
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        result.append(environment)
+    return result
+
+
+def _publish(partial_directory: Path, directory: Path) -> None:
+    """Rename into place; an earlier `directory` is there until the new one is."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial_directory.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_metrics(
+    minibatches: Sequence[Sequence[RankBatch]], results: Sequence[Sequence[MinibatchResult]], with_kl: bool
+) -> dict[str, float]:
+    """Means over a step's minibatches. `minibatches`: [minibatch][rank]; `results`: [rank][minibatch]."""
+    by_minibatch = list(zip(*results, strict=True))
+    counts = [token_counts(batches) for batches in minibatches]
+    real, padded = sum(c[0] for c in counts), sum(c[1] for c in counts)
+    run = sum(len(samples) for batches in minibatches for batch in batches for samples in batch.microbatches)
+    whole, first = ObjectiveStatistics(), ObjectiveStatistics()
+    for index, parts in enumerate(by_minibatch):
+        for part in parts:
+            whole.add(part.statistics)
+            if index == 0:
+                first.add(part.statistics)
+    values = {
+        metrics.LOSS: math.fsum(p.loss for parts in by_minibatch for p in parts) / len(by_minibatch),
+        metrics.GRADIENT_NORM: sum(parts[0].gradient_norm for parts in by_minibatch) / len(by_minibatch),
+        metrics.LEARNING_RATE: by_minibatch[-1][0].learning_rate,
+        metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
+        metrics.RATIO_MIN: whole.ratio_min,
+        metrics.RATIO_MAX: whole.ratio_max,
+        # Without a token that was run there is nothing to tell.
+        metrics.LOGPROB_GAP_MEAN: first.gap_sum / first.tokens if first.tokens else math.nan,
+        metrics.LOGPROB_GAP_MAX: first.gap_max if first.tokens else math.nan,
+        metrics.PADDING_SHARE: 1.0 - real / padded,
+        metrics.LEARNER_TOKENS: float(real),
+        metrics.SKIPPED_SHARE: 1.0 - run / max(sum(batches[0].totals.responses for batches in minibatches), 1),
+    }
+    if with_kl:
+        values[metrics.KL] = whole.kl_sum / max(whole.tokens, 1)
+    return values

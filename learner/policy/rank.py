@@ -1,0 +1,288 @@
+"""One DeepSpeed rank of the learner, as a Ray actor. `LearnerGroup` drives it; all ranks get the same calls.
+
+Run with DeepSpeed 0.19.8. `LearnerGroup` sets `DS_ACCELERATOR` before this is imported, since transformers imports
+DeepSpeed, which picks its accelerator at once.
+"""
+
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from common.config.run import RunConfig
+from learner.objectives.clipped import MinibatchTotals, ObjectiveInputs, ObjectiveStatistics, compute_objective
+from learner.policy.batching import MicroBatch, RankBatch, TrainingSample, collate
+from learner.policy.model import learning_rate, load_policy, response_logprobs
+from learner.weights.host import ParameterShape, WrittenWeights, weight_directory, write_weights
+
+CHECKPOINT_TAG = "deepspeed"
+CHECKPOINT_DESCRIPTION = "learner.json"
+_DEEPSPEED_TYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a rank runs, and a port that was free there."""
+
+    node: str
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class MinibatchResult:
+    """What one rank reports of one optimizer step. `loss`: its share; the ranks' shares add up."""
+
+    loss: float
+    statistics: ObjectiveStatistics
+    gradient_norm: float
+    learning_rate: float
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient is infinite or no number: what is trained from there on is lost."""
+
+
+class LearnerRank:
+    """A rank: its part of the model and optimizer. Methods are collective unless they say otherwise."""
+
+    def __init__(self, config: RunConfig, rank: int, log_directory: str) -> None:
+        _redirect_output(Path(log_directory) / f"learner-rank{rank}.log")
+        self._config = config
+        self._rank = rank
+        self._world_size = config.learner.ranks
+        self._stage = config.learner.zero_stage
+        self._engine: Any = None
+        self._reference: nn.Module | None = None
+
+    def place(self) -> Placement:
+        """This rank's node, and a free port on it. Not collective."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = int(free.getsockname()[1])
+        return Placement(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port)
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Join the process group that `environment` describes and load the model. Raises PolicyError."""
+        os.environ.update(environment)
+        torch.set_num_threads(self._config.learner.threads_per_rank)
+        model = load_policy(self._config.model)
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+
+        # Without this DeepSpeed compiles a C++ extension for two minutes when a process group of gloo begins.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="gloo" if get_accelerator().device_name() == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=self._config.learner.step_seconds),
+        )
+        if self._config.learner.gradient_checkpointing:
+            enable: Any = model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(
+                model.parameters(),
+                lr=self._config.learner.optimizer.learning_rate,
+                **self._optimizer_settings(),
+            ),
+            config=self._deepspeed_config(model),
+            dist_init_required=False,
+        )
+        self._engine.train()
+        if self._config.learner.objective.kl_coefficient > 0.0:
+            self._reference = load_policy(self._config.model).eval().requires_grad_(False).to(self._device)
+        elements = sum(math.prod(shape.shape) for shape in self._parameter_shapes())
+        print(
+            f"learner rank {self._rank} of {self._world_size}: {elements:,} parameters in "
+            f"{self._config.model.dtype}, ZeRO stage {self._stage}, on {self._device}"
+        )
+
+    def train(self, batches: list[RankBatch]) -> list[MinibatchResult]:
+        """One optimizer step for each minibatch, of which this rank gets its micro-batches."""
+        results = []
+        for number, batch in enumerate(batches, start=1):
+            try:
+                results.append(self._train_minibatch(batch))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"minibatch {number} of {len(batches)}: {error}") from None
+        return results
+
+    def export_weights(self, file_name: str) -> WrittenWeights | None:
+        """Rank 0 writes the parameters into shared memory and returns what it wrote; the others return None."""
+        shapes = self._parameter_shapes()
+        if self._rank == 0:
+            directory = weight_directory(sum(shape.bytes for shape in shapes))
+            written = write_weights(directory / file_name, shapes, self._gathered)
+        else:
+            written = None
+            self._take_part_in_gathering(shapes)
+        self._barrier()
+        return written
+
+    def save_checkpoint(self, directory: str) -> None:
+        """Write model, optimizer and step count into `directory`, which exists."""
+        self._engine.save_checkpoint(directory, tag=CHECKPOINT_TAG, save_latest=False)
+        if self._rank == 0:
+            description = {
+                "ranks": self._world_size,
+                "zero_stage": self._stage,
+                "dtype": self._config.model.dtype,
+                "optimizer_steps": self._engine.global_steps,
+            }
+            (Path(directory) / CHECKPOINT_DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        self._barrier()
+
+    def load_checkpoint(self, directory: str) -> None:
+        """Continue from what `save_checkpoint` wrote, with the same ranks and ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(directory, tag=CHECKPOINT_TAG)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed could not load the checkpoint in {directory}")
+        # It brings the optimizer's settings back, too; those of the configuration may be others.
+        settings = self._optimizer_settings()
+        for group in self._engine.optimizer.param_groups:
+            group.update(settings)
+
+    def export_huggingface(self, directory: str) -> None:
+        """Rank 0 writes model, generation config and tokenizer as `save_pretrained` does."""
+        shapes = self._parameter_shapes()
+        if self._rank == 0:
+            state = {}
+            for shape in shapes:
+                with self._gathered(shape.name) as tensor:
+                    state[shape.name] = tensor.detach().cpu().clone()
+            self._engine.module.save_pretrained(directory, state_dict=state)
+            model = self._config.model
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
+            tokenizer.save_pretrained(directory)
+        else:
+            self._take_part_in_gathering(shapes)
+        self._barrier()
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    def _train_minibatch(self, batch: RankBatch) -> MinibatchResult:
+        rate = self._set_learning_rate()
+        total = ObjectiveStatistics()
+        loss_sum = 0.0
+        last = len(batch.microbatches) - 1
+        for index, samples in enumerate(batch.microbatches):
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            loss, statistics = self._loss(samples, batch.totals)
+            # DeepSpeed averages gradients over the ranks; the loss is a share of the minibatch's sum.
+            self._engine.backward(loss * self._world_size)
+            loss_sum += float(loss.detach())
+            total.add(statistics)
+        ratios = f"importance ratios from {total.ratio_min:.3g} to {total.ratio_max:.3g}"
+        if not math.isfinite(loss_sum):
+            raise NotFiniteError(f"the loss is {loss_sum}, on learner rank {self._rank}, with {ratios}")
+        norm = self._unclipped_norm()
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        # DeepSpeed says -1 where it found an overflow.
+        if not math.isfinite(norm) or norm < 0.0:
+            raise NotFiniteError(f"the gradient's norm is {norm} with a loss of {loss_sum:.3g} and {ratios}")
+        return MinibatchResult(loss_sum, total, norm, rate)
+
+    def _loss(self, samples: list[TrainingSample], totals: MinibatchTotals) -> tuple[Tensor, ObjectiveStatistics]:
+        batch = collate(samples).to(self._device)
+        logprobs = response_logprobs(self._engine, batch)
+        inputs = ObjectiveInputs(
+            logprobs, batch.behaviour_logprobs, batch.advantages, batch.mask, self._reference_logprobs(batch)
+        )
+        return compute_objective(self._config.learner.objective, inputs, totals)
+
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self._reference is None:
+            return None
+        with torch.no_grad():
+            return response_logprobs(self._reference, batch)
+
+    def _optimizer_settings(self) -> dict[str, Any]:
+        optimizer = self._config.learner.optimizer
+        return {"betas": optimizer.betas, "eps": optimizer.epsilon, "weight_decay": optimizer.weight_decay}
+
+    def _set_learning_rate(self) -> float:
+        total = self._config.steps * self._config.learner.minibatches_per_step
+        rate = learning_rate(self._config.learner.optimizer, self._engine.global_steps, total)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _unclipped_norm(self) -> float | None:
+        """The gradient's norm where DeepSpeed does not keep it: in float32 without ZeRO. Else None."""
+        if self._stage > 0 or self._config.model.dtype != "float32":
+            return None
+        norms = [p.grad.norm() for p in self._engine.module.parameters() if p.grad is not None]
+        return float(torch.stack(norms).norm())
+
+    def _parameter_shapes(self) -> list[ParameterShape]:
+        # named_parameters() names a tied head once, as the embedding: transformers and vLLM tie it again.
+        return [
+            ParameterShape(name, tuple(getattr(p, "ds_shape", p.shape)), p.dtype)
+            for name, p in self._engine.module.named_parameters()
+        ]
+
+    @contextmanager
+    def _gathered(self, name: str) -> Iterator[Tensor]:
+        import deepspeed
+
+        parameter = self._engine.module.get_parameter(name)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+            yield parameter
+
+    def _take_part_in_gathering(self, shapes: list[ParameterShape]) -> None:
+        if self._stage == 3:
+            for shape in shapes:
+                with self._gathered(shape.name):
+                    pass
+
+    def _barrier(self) -> None:
+        import deepspeed
+
+        deepspeed.comm.barrier()
+
+    def _deepspeed_config(self, model: nn.Module) -> dict[str, Any]:
+        """Micro-batches are counted by `_train_minibatch`, so DeepSpeed's own sizes are all 1."""
+        settings: Any = getattr(model, "config", None)
+        accumulated = _DEEPSPEED_TYPES[self._config.learner.grad_accum_dtype]
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self._config.learner.optimizer.max_gradient_norm,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": self._config.model.dtype == "bfloat16"},
+            "data_types": {"grad_accum_dtype": accumulated},
+            # Else they are rounded to the model's type again on their way between the ranks, and summed in it there.
+            "communication_data_type": accumulated,
+            "zero_optimization": {
+                "stage": self._stage,
+                # Vectors stay whole on every rank, matrices are partitioned, however small the model is.
+                "stage3_param_persistence_threshold": 10 * getattr(settings, "hidden_size", 1000),
+            },
+        }
+
+
+def _redirect_output(path: Path) -> None:
+    """Send all that this process prints, C++ libraries included, to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)

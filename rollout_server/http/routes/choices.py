@@ -1,0 +1,244 @@
+"""The choices of one request: started on replicas, followed to their end, cancelled together."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Callable
+
+from common.slices import Slices, begun, ended
+from common.trajectory import ResponseRequest, Trajectory
+from common.weights import NonFiniteLogits
+from rollout_server.http.openai.choice import Choice, Chunk
+from rollout_server.http.openai.errors import ApiError, unavailable
+from rollout_server.replicas.pool import Member, ReplicaLost, ReplicaSet
+
+log = logging.getLogger("e3rl.generation")
+RESUBMISSIONS = 3
+MakeChoice = Callable[[int, ResponseRequest, Callable[[Choice], None] | None], Choice]
+
+
+class Generation:
+    """Generates groups of responses; each group stays on one replica.
+
+    If a replica dies, what its groups lack is generated on another, at most `RESUBMISSIONS` times a group: monitored
+    responses go on from their last judged segment, plain ones begin anew. If part of a plain one may have been shown
+    to the client, the request fails with 503. `generated` is called once all responses are complete.
+    """
+
+    def __init__(
+        self,
+        replicas: ReplicaSet,
+        make_choice: MakeChoice,
+        generated: Callable[[], None],
+        streams: bool,
+    ) -> None:
+        self._replicas = replicas
+        self._make_choice = make_choice
+        self._generated = generated
+        self._streams = streams
+        self._fresh: dict[int, Choice] = {}
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._shown = False
+        self.resubmissions = 0
+        self.groups: list[list[Choice]] = []
+
+    async def take(self, groups: list[list[ResponseRequest]]) -> None:
+        """What is to be generated. Once, and first."""
+        slices = Slices()
+        indices = itertools.count()
+        changed = self._changed if self._streams else None
+        for requests in groups:
+            group: list[Choice] = []
+            for request in requests:
+                group.append(self._make_choice(next(indices), request, changed))
+                await slices.turn()
+            self.groups.append(group)
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [choice for group in self.groups for choice in group]
+
+    async def finish(self) -> None:
+        """Generate to the end.
+
+        Raises:
+            ApiError: the first failure; the other responses are cancelled.
+        """
+        try:
+            await self._start()
+            await _all(self._tasks)
+            self._generated()
+        finally:
+            await ended(self._tasks)
+
+    async def chunks(self) -> AsyncGenerator[list[tuple[Choice, Chunk]], None]:
+        """What is new, as it comes: consecutive chunks of a choice that came at once are one."""
+        everything = asyncio.create_task(self._everything())
+        everything.add_done_callback(self._ended)
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                fresh, self._fresh = self._fresh, {}
+                batch = [(choice, chunk) for choice in fresh.values() for chunk in _joined(choice)]
+                if batch:
+                    self._shown = True
+                    yield batch
+                elif everything.done():
+                    await everything
+                    return
+        finally:
+            everything.cancel()
+            await asyncio.gather(everything, return_exceptions=True)
+            await ended(self._tasks)
+
+    def _changed(self, choice: Choice) -> None:
+        self._fresh[choice.index] = choice
+        self._wake.set()
+
+    def _ended(self, everything: "asyncio.Future[None]") -> None:
+        self._wake.set()
+        if not everything.cancelled() and everything.exception() is None:
+            self._generated()
+
+    async def _everything(self) -> None:
+        await self._start()
+        await _all(self._tasks)
+
+    async def _start(self) -> None:
+        await begun(((self._group, number) for number in range(len(self.groups))), self._tasks)
+
+    async def _group(self, number: int) -> None:
+        """Generate one group, what is left of it on another replica if its own dies."""
+        group = self.groups[number]
+        for losses in itertools.count():
+            unfinished = [choice for choice in group if choice.finish_reason is None]
+            requests = [choice.request for choice in unfinished]
+            if losses:
+                requests = _resumed(unfinished, losses)
+            member = await self._choose(len(unfinished), resubmitted=losses > 0)
+            tasks: list[asyncio.Task[None]] = []
+            try:
+                await _score_prompt(unfinished, member)
+                if group[0].options.only_prompt:
+                    return
+                pairs = zip(unfinished, requests, strict=True)
+                await begun(((self._respond, choice, request, member) for choice, request in pairs), tasks)
+                await _all(tasks)
+                return
+            except ReplicaLost as error:
+                self._replicas.lost(member)
+                if losses >= RESUBMISSIONS:
+                    raise unavailable("the replica that generated this response died") from error
+            finally:
+                try:
+                    await ended(tasks)
+                finally:
+                    self._replicas.leave(member, len(unfinished))
+            self.resubmissions += 1
+            log.warning("a replica died; what its %d responses lack is generated on another", len(unfinished))
+            self._rewind(group)
+
+    def _rewind(self, group: list[Choice]) -> None:
+        """Take the unfinished choices of a group back to where they can be resumed."""
+        for place, choice in enumerate(group):
+            if choice.finish_reason is not None:
+                continue
+            if choice.request.policy is not None:
+                choice.rewind()
+            elif self._shown:
+                raise unavailable("the replica that generated this response died")
+            else:
+                self._fresh.pop(choice.index, None)
+                changed = self._changed if self._streams else None
+                group[place] = self._make_choice(choice.index, choice.request, changed)
+
+    async def _choose(self, responses: int, resubmitted: bool) -> Member:
+        """A replica; after a loss, wait for one to come back: the request's deadline bounds the wait."""
+        while True:
+            try:
+                return self._replicas.choose(responses)
+            except ApiError:
+                if not resubmitted or all("could not be restarted" in (m.error or "") for m in self._replicas.members):
+                    raise
+            await asyncio.sleep(0.1)
+
+    async def _respond(self, choice: Choice, request: ResponseRequest, member: Member) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("responses are generated in tasks of their own")
+        listens = request.policy is not None or choice.wants_tokens
+        choice.stop = lambda: _cancel(task)
+        trajectory: Trajectory | None = None
+        try:
+            trajectory = await member.replica.generate(request, choice if listens else None)
+        except asyncio.CancelledError:
+            if not choice.has_stopped():
+                raise
+            task.uncancel()
+        except NonFiniteLogits as error:
+            member.non_finite_version = error.version
+            raise
+        except ReplicaLost:
+            if not choice.has_stopped():
+                raise
+        if trajectory is not None and not listens:
+            choice.take(trajectory)
+        choice.finish(trajectory, member.version)
+
+
+async def _score_prompt(choices: list[Choice], member: Member) -> None:
+    """Score the prompt of a group's choices, if that is wanted and not yet done."""
+    options, request = choices[0].options, choices[0].request
+    if options.prompt_logprobs is None or all(choice.prompt_logprobs is not None for choice in choices):
+        return
+    salt = request.extras.cache_salt
+    scores = await member.replica.score(request.prompt_token_ids, options.prompt_logprobs, salt)
+    for choice in choices:
+        choice.prompt_logprobs = scores
+        if options.only_prompt:
+            choice.finish_scored(member.version)
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+async def _all(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for all; the first failure raises. One that cancelled itself at a stop string is no failure."""
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.result()
+
+
+def _joined(choice: Choice) -> list[Chunk]:
+    """The choice's new chunks, with texts joined up to an erasure."""
+    chunks, choice.chunks = choice.chunks, []
+    joined: list[Chunk] = []
+    for chunk in chunks:
+        last = joined[-1] if joined else None
+        if last is None or last.erased is not None or chunk.erased is not None:
+            joined.append(chunk)
+        else:
+            last.text += chunk.text
+            last.token_ids += chunk.token_ids
+            last.entries += chunk.entries
+            last.final = last.final or chunk.final
+    return joined
+
+
+def _resumed(choices: list[Choice], losses: int) -> list[ResponseRequest]:
+    """Requests for what the choices lack, as a group of their own: the old one's statistics are gone."""
+    size = sum(not choice.is_complete for choice in choices)
+    return [
+        choice.request.model_copy(
+            update={
+                "group_id": f"{choice.request.group_id}~{losses}",
+                "group_size": max(size, 1),
+                "resume_from": choice.attempts.copy(),
+            }
+        )
+        for choice in choices
+    ]

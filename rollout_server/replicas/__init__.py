@@ -1,0 +1,4 @@
+"""Copies of the model: one interface for an engine in this process and for Ray actors, and pools of them.
+
+May import `rollout_server.engine` and `rollout_server.weights`, and never HTTP.
+"""
