@@ -12,8 +12,8 @@ PROBE_SECONDS = 0.001
 
 
 class Held:
-    """`loop`: the longest that one callback ran, and what it was. `process`: the most that this process computed while the loop had no turn,
-    in a thread that kept Python's lock."""
+    """`loop`: the longest that one callback ran, and what it was. `process`: the most that this process computed
+    while the loop had no turn, in one callback after the other or in a thread that kept Python's lock."""
 
     def __init__(self) -> None:
         self.loop = 0.0

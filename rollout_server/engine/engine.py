@@ -22,6 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, ModelConfig
 from common.sentinels import model_sentinels
+from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.engine.cores import threads_per_engine
@@ -169,12 +170,15 @@ class ErasableEngine:
             scores = [output.prompt_logprobs async for output in outputs]
         if not scores or scores[-1] is None:
             raise RuntimeError("vLLM aborted the scoring of a prompt")
-        known = [
-            None if place is None else {token: (entry.logprob, entry.rank or 0) for token, entry in place.items()}
-            for place in scores[-1]
-        ]
-        if any(math.isnan(next(iter(place.values()))[0]) for place in known if place):
-            raise NonFiniteLogits(self.version)
+        known: PromptScores = []
+        slices = Slices()
+        for place in scores[-1]:
+            # The first token has none.
+            values = {token: (entry.logprob, entry.rank or 0) for token, entry in (place or {}).items()} or None
+            if values is not None and math.isnan(next(iter(values.values()))[0]):
+                raise NonFiniteLogits(self.version)
+            known.append(values)
+            await slices.turn()
         return known
 
     async def reset_prefix_cache(self) -> bool:

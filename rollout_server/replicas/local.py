@@ -11,7 +11,7 @@ from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.engine import CannotSample, EngineClosed, ErasableEngine, WeightSyncError
 from rollout_server.engine.rollback import Listener, RecordLost
-from rollout_server.http.openai.choice import PromptScores
+from rollout_server.http.openai.entries import PromptScores
 from rollout_server.replicas.pool import EngineFacts, GenerationAborted, NoWeights, ReplicaLost, RequestRefused
 from rollout_server.replicas.use import EngineUse
 

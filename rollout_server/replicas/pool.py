@@ -14,7 +14,7 @@ from rollout_server.replicas.use import EngineUse
 
 if TYPE_CHECKING:
     from rollout_server.engine.rollback import Listener
-    from rollout_server.http.openai.choice import PromptScores
+    from rollout_server.http.openai.entries import PromptScores
 
 log = logging.getLogger("e3rl.replicas")
 MAX_REASON_CHARACTERS = 500

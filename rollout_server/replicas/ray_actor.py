@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from common.config.run import EngineConfig, ModelConfig
+from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.cores import threads_per_engine
@@ -19,7 +20,7 @@ from rollout_server.replicas.use import EngineUse
 
 if TYPE_CHECKING:
     from rollout_server.engine.rollback import Listener, TopLogprobs
-    from rollout_server.http.openai.choice import PromptScores
+    from rollout_server.http.openai.entries import PromptScores
 
 log = logging.getLogger("e3rl.replicas")
 POLL_SECONDS = 5.0
@@ -198,8 +199,10 @@ class RayReplica:
             while True:
                 async with asyncio.timeout(SILENCE_SECONDS):
                     events = await self._call(self._actor.events.remote(POLL_SECONDS))
+                slices = Slices()
                 for key, name, value in events:
                     self._take(key, name, value)
+                    await slices.turn()
         except (ReplicaLost, TimeoutError) as error:
             log.warning("replica %d is lost: %s", self._number, error)
         finally:

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from rollout_server.engine.detokenize import Texts
 from rollout_server.http.openai.choice import Choice, Chunk
+from rollout_server.http.openai.entries import Joined, PromptRows, Rows
 from rollout_server.http.openai.errors import ApiError
 from rollout_server.http.openai.json_pieces import dump, list_pieces
-from rollout_server.http.openai.logprobs import Rows, chat_logprobs, completion_logprobs, prompt_logprobs
+from rollout_server.http.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from rollout_server.http.openai.segments import JudgedSegment
 
 SSE = "text/event-stream"
@@ -263,16 +264,16 @@ class CompletionEncoder(OpenAIEncoder):
         if self.form.logprobs is None or not chunk.entries:
             return (NOTHING,)
         if chunk.erased is None:
-            choice.logprob_offset += sum(len(self.texts[entry.token_id]) for entry in chunk.entries)
-        return completion_logprobs(Rows.of(chunk.entries), self.texts, offset)
+            choice.logprob_offset += sum(len(self.texts[token_id]) for token_id in chunk.entries.token_ids)
+        return completion_logprobs(chunk.entries, self.texts, offset)
 
     def whole_text(self, choice: Choice) -> dict[str, Any]:
         return {"text": self._echo(choice) + choice.text}
 
     def whole_logprobs(self, choice: Choice) -> Iterable[bytes]:
-        rows = Rows.of(choice.entries)
+        rows: Rows = choice.entries
         if self.form.echoes:
-            rows = self._prompt_rows(choice).followed_by(rows)
+            rows = Joined(self._prompt_rows(choice), rows)
         return completion_logprobs(rows, self.texts, 0)
 
     def about_choice(self, choice: Choice) -> Iterable[bytes]:
@@ -287,8 +288,8 @@ class CompletionEncoder(OpenAIEncoder):
             return 0
         return sum(len(self.texts[token_id]) for token_id in choice.request.prompt_token_ids)
 
-    def _prompt_rows(self, choice: Choice) -> Rows:
-        return Rows.of_prompt(choice.request.prompt_token_ids, choice.prompt_logprobs or [], self.form.logprobs or 0)
+    def _prompt_rows(self, choice: Choice) -> PromptRows:
+        return PromptRows(choice.request.prompt_token_ids, choice.prompt_logprobs or [], self.form.logprobs or 0)
 
 
 class ChatEncoder(OpenAIEncoder):

@@ -1,7 +1,7 @@
 """JSON in pieces, none of which takes long to make."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,7 @@ def list_pieces(values: Iterable[Any]) -> Iterator[bytes]:
     yield b"]"
 
 
-def object_pieces(values: dict[str, Any], lists: dict[str, Iterable[Any] | None]) -> Iterator[bytes]:
+def object_pieces(values: dict[str, Any], lists: Mapping[str, Iterable[Any] | None]) -> Iterator[bytes]:
     """An object of `values`, at least one, and of long `lists`."""
     yield dump(values)[:-1]
     for name, value in lists.items():

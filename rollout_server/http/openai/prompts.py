@@ -115,7 +115,7 @@ def check_in_vocabulary(token_ids: list[int], vocabulary: int, where: str) -> No
 
 
 LONG_TEXT = 20_000
-"""Characters from which on tokenizing is worth a thread, so that other requests go on: it does not hold Python's lock."""
+"""Characters from which on tokenizing is worth a thread, so that other requests go on: Python's lock is free then."""
 
 
 async def tokenized(tokenizer: Any, text: str, *, special: bool) -> list[int]:

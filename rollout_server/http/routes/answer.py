@@ -60,6 +60,7 @@ class GenerationAnswer(Response):
         self._encoder = encoder
         self._streams = streams
         self._started = False
+        self._generation: Generation | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._work(scope, send))
@@ -100,6 +101,9 @@ class GenerationAnswer(Response):
             if isinstance(error, NonFiniteLogits):
                 self._service.metrics.non_finite.inc()
             await self._fail(send, _api_error(error, scope[REQUEST_ID]))
+        finally:
+            if self._generation is not None:
+                await self._generation.forget()
 
     async def _generate(self, send: Send) -> None:
         service = self._service
@@ -107,9 +111,9 @@ class GenerationAnswer(Response):
             raise _shutting_down()
         responses = sum(map(len, self._groups))
         places = _Places(service.admission, await service.admission.acquire(self._client, responses))
-        generation: Generation | None = None
+        generation = Generation(service.replicas, self._make_choice, places.give_back, self._streams)
+        self._generation = generation
         try:
-            generation = Generation(service.replicas, self._make_choice, places.give_back, self._streams)
             await generation.take(self._groups)
             if self._streams:
                 await self._stream(generation, send)
@@ -121,8 +125,7 @@ class GenerationAnswer(Response):
                 await send({"type": "http.response.body", "body": body})
         finally:
             places.give_back()
-            if generation is not None:
-                service.count(generation)
+            service.count(generation)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
         # Closed at once, whatever ends it: what is left to the garbage collector generates until then.

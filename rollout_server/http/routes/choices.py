@@ -14,6 +14,7 @@ from rollout_server.replicas.pool import Member, ReplicaLost, ReplicaSet
 
 log = logging.getLogger("e3rl.generation")
 RESUBMISSIONS = 3
+SCORES_AT_ONCE = 1000
 MakeChoice = Callable[[int, ResponseRequest, Callable[[Choice], None] | None], Choice]
 
 
@@ -55,6 +56,18 @@ class Generation:
                 await slices.turn()
             self.groups.append(group)
 
+    async def forget(self) -> None:
+        """Give up what was generated; freeing all of it at once would hold the event loop."""
+        slices = Slices()
+        self._fresh.clear()
+        for group in self.groups:
+            while group:
+                scores = group.pop().prompt_logprobs
+                while scores:
+                    del scores[-SCORES_AT_ONCE:]
+                    await slices.turn()
+                await slices.turn()
+
     @property
     def choices(self) -> list[Choice]:
         return [choice for group in self.groups for choice in group]
@@ -81,11 +94,15 @@ class Generation:
                 await self._wake.wait()
                 self._wake.clear()
                 fresh, self._fresh = self._fresh, {}
-                batch = [(choice, chunk) for choice in fresh.values() for chunk in _joined(choice)]
+                batch = []
+                slices = Slices()
+                for choice in fresh.values():
+                    batch += [(choice, chunk) for chunk in _joined(choice)]
+                    self._shown = self._shown or bool(batch)
+                    await slices.turn()
                 if batch:
-                    self._shown = True
                     yield batch
-                elif everything.done():
+                elif everything.done() and not self._fresh:
                     await everything
                     return
         finally:
@@ -217,15 +234,19 @@ def _joined(choice: Choice) -> list[Chunk]:
     """The choice's new chunks, with texts joined up to an erasure."""
     chunks, choice.chunks = choice.chunks, []
     joined: list[Chunk] = []
+    texts: list[list[str]] = []
     for chunk in chunks:
         last = joined[-1] if joined else None
         if last is None or last.erased is not None or chunk.erased is not None:
             joined.append(chunk)
+            texts.append([chunk.text])
         else:
-            last.text += chunk.text
+            texts[-1].append(chunk.text)
             last.token_ids += chunk.token_ids
-            last.entries += chunk.entries
+            last.entries.extend(chunk.entries)
             last.final = last.final or chunk.final
+    for chunk, parts in zip(joined, texts, strict=True):
+        chunk.text = "".join(parts)
     return joined
 
 
