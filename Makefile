@@ -11,7 +11,7 @@ ARGS ?=
 
 export TARGET PYTHON
 
-.PHONY: help setup demo demo-model serve test test-unit real-model test-real bench lint format typecheck lock clean
+.PHONY: help setup demo demo-model serve test test-unit real-model test-real bench lint format typecheck lock docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -62,6 +62,9 @@ typecheck: setup ## mypy in strict mode
 
 lock: setup ## Resolve deploy/locks/*.txt anew from pyproject.toml (UPGRADE=1: newest versions)
 	@$(PY) deploy/lock.py $(if $(UPGRADE),--upgrade)
+
+docs: ## Write the list of modules in docs/architecture.md anew
+	@python3 deploy/module_list.py
 
 clean: ## Remove caches and build leftovers; runs/ and .venv are never touched
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

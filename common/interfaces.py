@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.config.run import RunConfig
-from common.trajectory import ResponseRequest, Trajectory
+from common.packed import PackedResponse
+from common.trajectory import ResponseRequest
 from common.weights import SyncReport, WeightUpdate
 
 ROLLOUTS = "rollout_server.replicas.training_pool:RolloutPool"
@@ -21,8 +22,8 @@ class Rollouts(Protocol):
         """Start the replicas of `config.rollout.engine` in the Ray cluster that is already connected."""
         ...
 
-    def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
-        """Generate all responses of all groups; each trajectory is yielded as it finishes, in any order."""
+    def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
+        """Generate all responses of all groups; each is yielded as it finishes, in any order, with its text."""
         ...
 
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> SyncReport:

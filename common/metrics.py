@@ -1,7 +1,7 @@
 """Names of the metrics in `metrics.jsonl` and TensorBoard. Other tools read them: they are an interface.
 
-`metrics.jsonl` has one object a training step, with each of these names; `learner/kl` only where a KL is computed.
-A mean over nothing is null. Rates and shares are from 0 to 1, log-probs and U in nats, times in seconds.
+`metrics.jsonl` has one object a training step, with each of these names; those in `OPTIONAL` only where a setting asks
+for them. A mean over nothing is null. Rates and shares are from 0 to 1, log-probs and U in nats, times in seconds.
 """
 
 STEP = "step"
@@ -55,12 +55,29 @@ GRADIENT_NORM = "learner/gradient_norm"
 LEARNING_RATE = "learner/learning_rate"
 CLIP_SHARE = "learner/clip_share"
 RATIO_MIN = "learner/ratio_min"
-"""Smallest importance ratio of a token in the step."""
+"""Smallest importance ratio of a token in the step, against `learner.old_logprobs`."""
 RATIO_MAX = "learner/ratio_max"
 KL = "learner/kl"
 LOGPROB_GAP_MEAN = "learner/logprob_gap_mean"
-"""|policy's - behaviour's log-prob| of a token in the first minibatch, before any update: the engines' distance."""
+"""|policy's - behaviour's log-prob| of a token before any update: how far the sampling policy is from the learner's.
+
+Of the first minibatch; of all of them with `learner.old_logprobs: recomputed`. 0 at most by rounding where the engine
+held the learner's weights.
+"""
+LOGPROB_GAP_P50 = "learner/logprob_gap_p50"
+"""Of this share of the tokens the gap is at most so large: to 1/16 above, never below. So the next three."""
+LOGPROB_GAP_P90 = "learner/logprob_gap_p90"
+LOGPROB_GAP_P99 = "learner/logprob_gap_p99"
+LOGPROB_GAP_P999 = "learner/logprob_gap_p99.9"
 LOGPROB_GAP_MAX = "learner/logprob_gap_max"
+BEHAVIOUR_KL = "learner/behaviour_kl"
+"""KL(behaviour || policy at the step's start) of a token, estimated as `exp(d) - d - 1`, of the tokens of the gaps."""
+IMPORTANCE_WEIGHT_MEAN = "learner/importance_weight_mean"
+"""Of a token, or with kind `sequence` of a response, as it was applied."""
+IMPORTANCE_OUTLIER_SHARE = "learner/importance_outlier_share"
+"""Weights that were truncated or masked."""
+IMPORTANCE_EFFECTIVE_SHARE = "learner/importance_effective_share"
+"""Effective sample size over the number of samples: (sum of weights)^2 / (their number x sum of squares)."""
 PADDING_SHARE = "learner/padding_share"
 LEARNER_TOKENS = "learner/tokens"
 """Prompt and response tokens that the learner ran, padding left out."""
@@ -81,6 +98,9 @@ CHECKPOINT_WAIT_SECONDS = "time/checkpoint_wait_seconds"
 
 ALL = frozenset(value for name, value in list(globals().items()) if name.isupper())
 """Every name of `metrics.jsonl`."""
+
+OPTIONAL = frozenset({KL, IMPORTANCE_WEIGHT_MEAN, IMPORTANCE_OUTLIER_SHARE, IMPORTANCE_EFFECTIVE_SHARE})
+"""`learner/kl`: with `kl_coefficient` above 0. The others: with `learner.importance_sampling`."""
 
 
 def evaluation_name(mode: str, figure: str) -> str:

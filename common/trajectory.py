@@ -1,6 +1,7 @@
-"""The data that flows from a rollout to the learner: prompts, attempts, trajectories, groups.
+"""Prompts, requests, and what comes of them: attempts and trajectories.
 
-One schema for Ray messages, NDJSON lines and Parquet rows. Log-probabilities are in nats.
+One schema for NDJSON lines and Parquet rows; `common/packed.py` has the form that the learner works on. Log-probs are
+in nats.
 """
 
 from collections.abc import Sequence
@@ -144,20 +145,6 @@ class Trajectory(StrictModel):
         return sum(attempt.verdict == "erased" for attempt in self.attempts)
 
 
-class Group(StrictModel):
-    """The responses to one prompt, generated on one replica and judged together."""
-
-    prompt: Prompt
-    trajectories: list[Trajectory] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _one_prompt(self) -> "Group":
-        strangers = {t.prompt_id for t in self.trajectories} - {self.prompt.id}
-        if strangers:
-            raise ValueError(f"group of prompt {self.prompt.id!r} holds responses to {sorted(strangers)}")
-        return self
-
-
 class SamplingExtras(StrictModel):
     """What else a response is sampled with: vLLM's parameters of these names.
 
@@ -190,6 +177,7 @@ class ResponseRequest(StrictModel):
     `top_p`, `top_k` (0: off) and `min_p` truncate what is sampled from; behaviour log-probs are not corrected for them.
     `top_logprobs`: how many of the most likely tokens a listener is told with each sampled one; null: no log-probs.
     `stop`: strings that end the response where the rollout pool generates it; the endpoint looks for them itself.
+    `attempt_texts`: whether the text of every attempt is wanted, beside that of the response.
     `resume_from`: attempts that were judged before, on an engine that was lost: generation goes on after the last.
     """
 
@@ -210,6 +198,7 @@ class ResponseRequest(StrictModel):
     extras: SamplingExtras = NO_EXTRAS
     policy: ErasurePolicy | None = None
     erasable: bool = True
+    attempt_texts: bool = False
     resume_from: list[Attempt] = Field(default_factory=list)
 
     def stop_ids(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:

@@ -26,6 +26,11 @@ for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# A busy machine makes any example slow. pytest's own timeout ends a test that hangs.
+settings.register_profile("e3rl", deadline=None)
+settings.load_profile("e3rl")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 NO_GPU = "needs a CUDA device and this machine has none"

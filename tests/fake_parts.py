@@ -5,15 +5,18 @@ import hashlib
 import json
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from common import metrics as names
 from common.config.run import RunConfig
+from common.packed import Group, PackedResponse, unpack
 from common.seeds import attempt_seed
-from common.trajectory import Attempt, Group, ResponseRequest, Trajectory, Verdict
-from common.weights import ReplicaSync, SyncReport, WeightUpdate
+from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
+from common.weights import DiskUpdate, ReplicaSync, SyncReport, WeightUpdate
 from learner.environments.tasks import chain
+from rollout_server.replicas.packing import packed
 from tests.models import byte_tokenizer
 from tests.trajectories import attempt_of
 
@@ -41,7 +44,7 @@ class FakeRollouts:
     async def start(self, config: RunConfig, log_directory: Path) -> None:
         self.events.append("start")
 
-    async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
+    async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
         self.calls += 1
         await asyncio.sleep(self.pause_seconds)
         self.on_generate(self.calls)
@@ -76,7 +79,7 @@ class FakeRollouts:
     async def close(self) -> None:
         self.events.append("close")
 
-    def _respond(self, request: ResponseRequest) -> Trajectory:
+    def _respond(self, request: ResponseRequest) -> PackedResponse:
         prompt = TOKENIZER.decode(request.prompt_token_ids)
         problem = chain.parse_prompt(prompt)
         attempts: list[Attempt] = []
@@ -92,7 +95,7 @@ class FakeRollouts:
                 attempts.append(self._attempt(request, segment, number, start, line, verdict))
                 if not erased:
                     break
-        return Trajectory(
+        trajectory = Trajectory(
             prompt_id=request.prompt_id,
             group_id=request.group_id,
             sample=request.sample,
@@ -103,6 +106,7 @@ class FakeRollouts:
             finish_reason="stop",
             policy=request.policy,
         )
+        return packed(trajectory, request, TOKENIZER)
 
     def _attempt(
         self, request: ResponseRequest, segment: int, number: int, start: int, line: str, verdict: Verdict
@@ -134,16 +138,15 @@ class FakeLearner:
 
     async def train_step(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         self.on_train(step)
-        text = self.weight + "".join(group.model_dump_json() for group in groups)
+        text = self.weight + "".join(unpack(t).model_dump_json() for group in groups for t in group.trajectories)
         self.weight = hashlib.sha256(text.encode()).hexdigest()
         return {names.LOSS: int(self.weight[:8], 16) / 2**32, names.LEARNER_TOKENS: 10.0}
 
-    async def export_weights(self, version: int) -> WeightUpdate:
-        update = WeightUpdate(version=version, backend="host", path="/none", checksum=self.weight, bytes=8)
+    @asynccontextmanager
+    async def publishing(self, version: int) -> AsyncIterator[WeightUpdate]:
+        update = DiskUpdate(version=version, path="/none", checksum=self.weight, bytes=8)
         self.exported.append(update)
-        return update
-
-    async def release_weights(self, update: WeightUpdate) -> None:
+        yield update
         self.released.append(update)
 
     async def save_checkpoint(self, directory: Path) -> None:

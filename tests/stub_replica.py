@@ -14,7 +14,8 @@ from rollout_server.http.routes.public import public_app
 from rollout_server.http.routes.service import Service
 from rollout_server.http.server.settings import ServerSettings
 from rollout_server.http.server.tracing import Tracing
-from rollout_server.replicas.pool import EngineFacts, ReplicaLost, ReplicaSet
+from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.replica import EngineFacts, ReplicaLost
 from rollout_server.replicas.use import EngineUse
 from tests.http_server import events
 from tests.models import byte_tokenizer
@@ -224,7 +225,7 @@ class StubServer:
     """The apps of both listeners over stub replicas, and clients that need no socket."""
 
     def __init__(self, *replicas: StubReplica, tracing: Tracing | None = None, **settings: Any) -> None:
-        self.replicas = ReplicaSet(list(replicas), start_seconds=5.0, sync_seconds=5.0, probe_seconds=1.0)
+        self.replicas = Pool(list(replicas), start_seconds=5.0, sync_seconds=5.0, probe_seconds=1.0)
         self.settings = ServerSettings(**{"model": "stub", "replicas": len(replicas), **settings})
         self.service = Service(self.settings, self.replicas, replicas[0].tokenizer, tracing)
         self.app = public_app(self.service)

@@ -1,13 +1,15 @@
 """Hand-made rollouts for tests: trajectories of given segments, with random tokens and log-probs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from common.packed import Group, pack, unpack
 from common.threshold import GroupStatistics, History
-from common.trajectory import Attempt, Group, Judgement, Prompt, Trajectory, Verdict, VersionSpan
+from common.trajectory import Attempt, Judgement, Prompt, Trajectory, Verdict, VersionSpan
 
 PROMPT_TOKENS = (10, 20, 30, 40)
 
@@ -136,8 +138,24 @@ def random_groups(seed: int, groups: int, size: int, *, segments: int = 3) -> li
             )
             for sample in range(size)
         ]
-        made.append(Group(prompt=Prompt(id=name, text="", token_ids=list(PROMPT_TOKENS)), trajectories=members))
+        prompt = Prompt(id=name, text="", token_ids=list(PROMPT_TOKENS))
+        made.append(Group(prompt, [pack(member) for member in members]))
     return made
+
+
+def unpacked(group: Group) -> list[Trajectory]:
+    """The group's responses as lists."""
+    return [unpack(response) for response in group.trajectories]
+
+
+def changed(group: Group, change: Callable[[Trajectory], Trajectory]) -> Group:
+    """The group with `change` of each of its responses."""
+    return Group(group.prompt, [pack(change(response)) for response in unpacked(group)])
+
+
+def with_rewards(group: Group, rewards: Sequence[float | None]) -> Group:
+    """The group with other rewards."""
+    return Group(group.prompt, [replace(t, reward=r) for t, r in zip(group.trajectories, rewards, strict=True)])
 
 
 def recorded_near(policy: Any, groups: Sequence[Group], *, noise: float = 0.2, seed: int = 0) -> list[Group]:
@@ -147,7 +165,6 @@ def recorded_near(policy: Any, groups: Sequence[Group], *, noise: float = 0.2, s
     def recorded(response: Trajectory) -> Trajectory:
         attempts = []
         for one in response.attempts:
-            # Not from the response's own properties, which are cached, and would go into its copy.
             earlier = [a for a in response.attempts if a.verdict == "accepted" and a.segment < one.segment]
             kept = list(response.prompt_token_ids) + [token for a in earlier for token in a.token_ids]
             with torch.no_grad():
@@ -156,6 +173,6 @@ def recorded_near(policy: Any, groups: Sequence[Group], *, noise: float = 0.2, s
             logprobs = rows.gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
             noisy = logprobs + noise * torch.randn(logprobs.shape, generator=generator)
             attempts.append(one.model_copy(update={"behaviour_logprobs": noisy.tolist()}))
-        return response.model_copy(update={"attempts": attempts}, deep=True)
+        return response.model_copy(update={"attempts": attempts})
 
-    return [group.model_copy(update={"trajectories": [recorded(t) for t in group.trajectories]}) for group in groups]
+    return [changed(group, recorded) for group in groups]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from common.config.base import StrictModel, Temperature
 
@@ -35,19 +35,17 @@ _TEMPLATE_ARGUMENTS = {
 """Arguments of `apply_chat_template` that are no variables of a template, or that change what a prompt is."""
 
 
-class _Rows(StrictModel):
-    """What data sets of rows have in common.
+class _Prompts(StrictModel):
+    """How a problem becomes a prompt.
 
     `system_prompt`: a message of its own before a prompt that is text; a prompt that is a list of messages has its own.
     `chat_template_kwargs`: what the chat template gets besides the messages, such as `enable_thinking`, in training and
-    in evaluation. `on_bad_row`: a row that can't be used ends the run before it begins, or is left out and counted.
+    in evaluation.
     """
 
-    columns: ColumnMapping = ColumnMapping()
     chat: bool = Field(default=True, description="Apply the tokenizer's chat template to the prompt.")
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    on_bad_row: Literal["fail", "skip"] = "fail"
 
     @model_validator(mode="after")
     def _system_prompt_has_a_template(self) -> Self:
@@ -62,6 +60,16 @@ class _Rows(StrictModel):
         if taken := _TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys():
             raise ValueError(f"chat_template_kwargs can't set {', '.join(sorted(taken))}: training needs its own")
         return self
+
+
+class _Rows(_Prompts):
+    """What data sets of rows have in common.
+
+    `on_bad_row`: a row that can't be used ends the run before it begins, or is left out and counted.
+    """
+
+    columns: ColumnMapping = ColumnMapping()
+    on_bad_row: Literal["fail", "skip"] = "fail"
 
 
 class FileData(_Rows):
@@ -85,7 +93,40 @@ class HuggingFaceData(_Rows):
     max_train_problems: int | None = Field(default=None, ge=1)
 
 
-Data = Annotated[ChainData | FileData | HuggingFaceData, Field(discriminator="source")]
+class ReasoningGymData(_Prompts):
+    """Problems of a task of the package `reasoning-gym`, made from a seed. `config`: options of the task itself.
+
+    `size` and `test_size`: distinct training and held-out problems; no problem is in both. `seed` null: the run's.
+    """
+
+    source: Literal["reasoning_gym"] = "reasoning_gym"
+    name: str = Field(min_length=1)
+    config: dict[str, Any] = Field(default_factory=dict)
+    size: int = Field(default=4096, ge=1, le=10_000_000)
+    test_size: int = Field(default=256, ge=1, le=1_000_000)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    generate_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for making the problems.")
+
+    @model_validator(mode="after")
+    def _problems_are_drawn_here(self) -> Self:
+        if taken := {"seed", "size"} & self.config.keys():
+            raise ValueError(f"config can't set {', '.join(sorted(taken))}: data.seed and data.size do")
+        return self
+
+
+def kind_as_source(given: Any) -> Any:
+    """Settings of a data set whose `source` may be called `kind`, as rewards have it. Raises ValueError for both."""
+    if not isinstance(given, dict) or "kind" not in given:
+        return given
+    if given.get("source", given["kind"]) != given["kind"]:
+        raise ValueError(f"source ({given['source']}) and kind ({given['kind']}) are the same setting: give one")
+    return {"source": given["kind"]} | {name: value for name, value in given.items() if name != "kind"}
+
+
+Data = Annotated[
+    Annotated[ChainData | FileData | HuggingFaceData | ReasoningGymData, Field(discriminator="source")],
+    BeforeValidator(kind_as_source),
+]
 
 
 class ChainReward(StrictModel):
@@ -125,7 +166,19 @@ class FunctionReward(_WorkerReward):
     timeout_seconds: float = Field(default=30.0, gt=0.0, le=3600.0)
 
 
-Reward = Annotated[ChainReward | MathReward | FunctionReward, Field(discriminator="kind")]
+class ReasoningGymReward(_WorkerReward):
+    """What the task's own scorer gives an answer, from 0 to 1. For data of `reasoning_gym`, where it is the default.
+
+    `answer_tag`: the answer is what the response's last element of this name holds, `<answer>7</answer>`; the whole
+    response where there is none, and always with null.
+    """
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    answer_tag: str | None = Field(default="answer", pattern=r"^[A-Za-z_][\w-]*$")
+    timeout_seconds: float = Field(default=10.0, gt=0.0, le=3600.0)
+
+
+Reward = Annotated[ChainReward | MathReward | FunctionReward | ReasoningGymReward, Field(discriminator="kind")]
 
 
 class ShareFixed(StrictModel):

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from common.config.data import kind_as_source
 from common.config.run import RunConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -137,14 +138,22 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     """A file's settings with a command line's `changes`. A preset among these wins over the file, too."""
     preset = changes.get("preset")
     asked_for = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    return merge(merge(settings, asked_for), changes)
+    return merge(merge(_one_spelling(settings), asked_for), _one_spelling(changes))
+
+
+def _one_spelling(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with `data.kind` as `data.source`, so that what one says and the other changes is one setting."""
+    try:
+        return settings | {"data": kind_as_source(settings["data"])} if "data" in settings else settings
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
 
 
 def build_config(settings: dict[str, Any]) -> RunConfig:
     """The validated configuration; `settings["preset"]` changes the defaults below what `settings` says itself."""
     preset = settings.get("preset", "e3rl")
     under = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    merged = merge(under, settings)
+    merged = merge(under, _one_spelling(settings))
     if problems := list(_broken_text(merged)):
         raise ConfigError("\n".join(problems))
     try:

@@ -1,6 +1,6 @@
 """The configuration of a training run, and the checks that need more than one of its parts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,11 +11,14 @@ from common.config.data import (
     Data,
     ErasureTreatment,
     GroupShare,
+    ReasoningGymData,
+    ReasoningGymReward,
     Reward,
     ShareAdaptive,
     Treatment,
 )
 from common.config.erasure import DelimiterSegmentation, ErasurePolicy
+from common.config.off_policy import NO_IMPORTANCE_SAMPLING, ImportanceSampling, OldLogprobs
 
 SENTINEL_STEPS = 1
 """Engine steps that a response costs beyond its tokens: the last segment is judged one step after its end."""
@@ -168,6 +171,8 @@ class LearnerConfig(StrictModel):
     """The DeepSpeed learner. `minibatches_per_step`: optimizer steps a rollout is split into.
 
     `grad_accum_dtype`: what the gradients of micro-batches are summed in; in bfloat16 small ones are lost in the sum.
+    `old_logprobs`: what the importance ratio is taken against, by default `recomputed` with `importance_sampling` and
+    `behaviour` without.
     """
 
     ranks: int = Field(default=1, ge=1, le=4096)
@@ -179,15 +184,35 @@ class LearnerConfig(StrictModel):
     grad_accum_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ClippedObjective = ClippedObjective()
+    old_logprobs: OldLogprobs = "behaviour"
+    importance_sampling: ImportanceSampling = NO_IMPORTANCE_SAMPLING
     advantage: AdvantageConfig = AdvantageConfig()
     overlong: Overlong = NoOverlong()
     step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_have_a_default(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "old_logprobs" in given:
+            return given
+        sampling = given.get("importance_sampling")
+        kind = sampling.get("kind") if isinstance(sampling, dict) else getattr(sampling, "kind", None)
+        return given | {"old_logprobs": "recomputed"} if kind in ("token", "sequence") else given
+
+    @model_validator(mode="after")
+    def _weights_differ_from_one(self) -> "LearnerConfig":
+        if self.importance_sampling.kind != "none" and self.old_logprobs == "behaviour":
+            raise ValueError(
+                f"importance_sampling {self.importance_sampling.kind!r} needs old_logprobs: recomputed: a weight is "
+                "old over behaviour, so with old_logprobs: behaviour all of them are 1 (the ratio itself corrects then)"
+            )
+        return self
+
 
 class SyncConfig(StrictModel):
-    """Weight sync. `host`: safetensors in shared memory, for replicas on the learner's machine."""
+    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine."""
 
-    backend: Literal["host"] = "host"
+    transport: Literal["host"] = "host"
     deadline_seconds: float = Field(default=120.0, gt=0.0)
 
 
@@ -260,9 +285,19 @@ class RunConfig(StrictModel):
         """Responses of a group that are treated while the share applies."""
         return round(self.rollout.group_share.share * self.rollout.responses_per_group)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _data_brings_its_reward(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "reward" in given:
+            return given
+        data = given.get("data")
+        source = data.get("source", data.get("kind")) if isinstance(data, dict) else getattr(data, "source", None)
+        return given | {"reward": {"kind": "reasoning_gym"}} if source == "reasoning_gym" else given
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
         for check in (
+            _reward_fits,
             _length_fits,
             _segments_fit,
             _share_is_whole,
@@ -273,6 +308,17 @@ class RunConfig(StrictModel):
         ):
             check(self)
         return self
+
+
+def _reward_fits(config: RunConfig) -> None:
+    procedural = isinstance(config.data, ReasoningGymData)
+    if isinstance(config.reward, ReasoningGymReward) and not procedural:
+        raise ValueError(
+            f"reward.kind 'reasoning_gym' scores problems of data.kind 'reasoning_gym' only, not of "
+            f"{config.data.source!r}"
+        )
+    if isinstance(config.reward, ChainReward) and procedural:
+        raise ValueError("reward.kind 'chain' can't score problems of data.kind 'reasoning_gym': leave reward out")
 
 
 def _length_fits(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config.run import AdvantageConfig, Credit, UncertaintyCredit, UniformCredit
-from common.trajectory import Trajectory
+from common.packed import PackedResponse
 
 Array = NDArray[np.float64]
 
@@ -24,7 +24,7 @@ class GroupAdvantages:
     erased: float
 
 
-def group_advantages(trajectories: Sequence[Trajectory], config: AdvantageConfig) -> GroupAdvantages:
+def group_advantages(responses: Sequence[PackedResponse], config: AdvantageConfig) -> GroupAdvantages:
     """The advantages of one group of rewarded responses, which share one baseline.
 
     A group in which all rewards are equal says nothing about its responses: all its advantages are 0, with
@@ -35,11 +35,11 @@ def group_advantages(trajectories: Sequence[Trajectory], config: AdvantageConfig
 
     Raises ValueError for a response without a reward, or one that `credit` can't weigh.
     """
-    rewards = _rewards(trajectories)
-    lengths = [segment_lengths(trajectory) for trajectory in trajectories]
+    rewards = _rewards(responses)
+    lengths = [segment_lengths(response) for response in responses]
     if np.ptp(rewards) == 0.0:
         return GroupAdvantages([np.zeros(len(n)) for n in lengths], 0.0)
-    weights = segment_weights(config.credit, trajectories)
+    weights = segment_weights(config.credit, responses)
     normalised = normalise(rewards, config.epsilon)
     if config.normalise == "sequence":
         segments = [w * value for w, value in zip(weights, normalised, strict=True)]
@@ -71,18 +71,18 @@ def normalise_by_segment(weights: Sequence[Array], rewards: Array, epsilon: floa
     return segments
 
 
-def segment_weights(credit: Credit, trajectories: Sequence[Trajectory]) -> list[Array]:
+def segment_weights(credit: Credit, responses: Sequence[PackedResponse]) -> list[Array]:
     """`N * omega` of every accepted segment: how much of the response's reward it carries, 1 on average.
 
     Further forms of credit (attention) are a member of `common.config.run.Credit` and a case here.
     """
     match credit:
         case UniformCredit():
-            return [np.ones(len(trajectory.accepted)) for trajectory in trajectories]
+            return [np.ones(len(response.attempts.accepted)) for response in responses]
         case UncertaintyCredit():
             return uncertainty_weights(
-                [_uncertainties(trajectory) for trajectory in trajectories],
-                [segment_lengths(trajectory) for trajectory in trajectories],
+                [_uncertainties(response) for response in responses],
+                [segment_lengths(response) for response in responses],
                 credit,
             )
         case _:
@@ -104,33 +104,28 @@ def uncertainty_weights(
     return [w * scale for w in raw]
 
 
-def segment_lengths(trajectory: Trajectory) -> Array:
+def segment_lengths(response: PackedResponse) -> Array:
     """Tokens of each accepted segment."""
-    return np.array([attempt.end - attempt.start for attempt in trajectory.accepted], dtype=np.float64)
+    return response.attempts.lengths[response.attempts.accepted].astype(np.float64)
 
 
-def token_advantages(trajectory: Trajectory, segments: Array) -> Array:
-    """The advantage of each committed token: its segment's. [response tokens]"""
-    return np.repeat(segments, segment_lengths(trajectory).astype(np.int64))
-
-
-def _rewards(trajectories: Sequence[Trajectory]) -> Array:
+def _rewards(responses: Sequence[PackedResponse]) -> Array:
     values = []
-    for trajectory in trajectories:
-        if trajectory.reward is None:
-            raise ValueError(f"response {trajectory.sample} to prompt {trajectory.prompt_id!r} has no reward")
-        values.append(trajectory.reward)
+    for response in responses:
+        if response.reward is None:
+            raise ValueError(f"response {response.sample} to prompt {response.prompt_id!r} has no reward")
+        values.append(response.reward)
     return np.array(values, dtype=np.float64)
 
 
-def _uncertainties(trajectory: Trajectory) -> Array:
-    values = []
-    for attempt in trajectory.accepted:
-        if attempt.judgement is None:
-            raise ValueError(
-                f"credit 'uncertainty' needs judged segments: segment {attempt.segment} of response "
-                f"{trajectory.sample} to prompt {trajectory.prompt_id!r} was generated without a monitor "
-                "(give its request a policy; `erasable: false` for plain members)"
-            )
-        values.append(attempt.judgement.uncertainty)
-    return np.array(values, dtype=np.float64)
+def _uncertainties(response: PackedResponse) -> Array:
+    table = response.attempts
+    accepted = table.accepted
+    unjudged = accepted[~table.judged[accepted]]
+    if len(unjudged):
+        raise ValueError(
+            f"credit 'uncertainty' needs judged segments: segment {table.segments[unjudged[0]]} of response "
+            f"{response.sample} to prompt {response.prompt_id!r} was generated without a monitor "
+            "(give its request a policy; `erasable: false` for plain members)"
+        )
+    return table.column("uncertainty")[accepted]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from common.config.data import ChainData, Data, FileData, HuggingFaceData
+from common.config.data import ChainData, Data, FileData, HuggingFaceData, ReasoningGymData
 from common.config.run import RunConfig
 from common.seeds import derive_seed
 from common.trajectory import Prompt
+from learner.environments.procedural import read_problems
 from learner.environments.records import BadRowError, BadRows, Record, read_records
-from learner.environments.rows import Check, Row, accept, rows_of
+from learner.environments.rows import Check, Row, accept, conversation, rows_of
 from learner.environments.tasks import Split, chain
 from learner.run.errors import InputError
 
@@ -53,6 +54,8 @@ def read_rows(config: RunConfig, split: Split, check: Check = accept, note: Note
     data = config.data
     if isinstance(data, ChainData):
         return _chain_rows(data, config.seed, split)
+    if isinstance(data, ReasoningGymData):
+        return _procedural_rows(data, config.seed, split, check, note)
     if isinstance(data, FileData):
         path = Path(data.train_path if split == "train" else data.test_path)
         source, records = str(path), read_records(path)
@@ -84,12 +87,13 @@ def tokenise(
     InputError if none is left.
     """
     limit = config.rollout.max_prompt_tokens
-    bad = BadRows(f"{split} prompts", "fail" if isinstance(config.data, ChainData) else config.data.on_bad_row)
+    data = config.data
+    bad = BadRows(f"{split} prompts", data.on_bad_row if isinstance(data, FileData | HuggingFaceData) else None)
     texts: list[str] = []
     kept: list[Row] = []
     for row in rows:
         try:
-            texts.append(_model_text(row, tokenizer, template_options(config.data)))
+            texts.append(_model_text(row, tokenizer, template_options(data)))
             kept.append(row)
         except BadRowError as error:
             bad.add(row.place or f"prompt {row.id!r}", str(error))
@@ -148,6 +152,28 @@ def _chain_rows(data: ChainData, seed: int, split: Split) -> list[Row]:
         Row(id=f"{split}-{index}", text=problem.prompt, answer=problem.solution)
         for index, problem in enumerate(problems)
     ]
+
+
+def _procedural_rows(data: ReasoningGymData, seed: int, split: Split, check: Check, note: Note) -> list[Row]:
+    problems = read_problems(data, seed)
+    entries = problems.train if split == "train" else problems.test
+    if split == "train":
+        note(problems.description)
+    bad = BadRows(problems.description, None)
+    rows = []
+    for number, entry in enumerate(entries):
+        place = f"{split} problem {number}"
+        try:
+            text, messages = conversation(entry["question"], data, "the question")
+            # Where several answers are right, the task names none.
+            answer = "" if entry["answer"] is None else str(entry["answer"])
+            row = Row(f"{split}-{number}", text, answer, messages, entry, place)
+            check(row)
+            rows.append(row)
+        except BadRowError as error:
+            bad.add(place, str(error))
+    bad.conclude(len(entries))
+    return rows
 
 
 def _hub_records(data: HuggingFaceData, seed: int, split: Split) -> tuple[str, Iterator[Record]]:

@@ -1,9 +1,10 @@
 """Responses that come near the token limit, or are cut off by it: their reward, and whether they are learnt from."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from common.config.run import MaskOverlong, Overlong, ShapeOverlong
-from common.trajectory import Group, Trajectory
+from common.packed import Group, PackedResponse
 
 
 def shaped_groups(groups: Sequence[Group], overlong: Overlong, max_response_tokens: int) -> list[Group]:
@@ -11,14 +12,7 @@ def shaped_groups(groups: Sequence[Group], overlong: Overlong, max_response_toke
     if not isinstance(overlong, ShapeOverlong):
         return list(groups)
     return [
-        group.model_copy(
-            update={
-                "trajectories": [
-                    t.model_copy(update={"reward": _shaped(t.reward, len(t.token_ids), overlong, max_response_tokens)})
-                    for t in group.trajectories
-                ]
-            }
-        )
+        Group(group.prompt, [_shaped(response, overlong, max_response_tokens) for response in group.trajectories])
         for group in groups
     ]
 
@@ -32,14 +26,17 @@ def length_penalty(tokens: int, overlong: ShapeOverlong, max_response_tokens: in
     return -overlong.penalty * min(max(into_the_buffer / overlong.buffer_tokens, 0.0), 1.0)
 
 
-def is_masked(trajectory: Trajectory, overlong: Overlong) -> bool:
+def is_masked(response: PackedResponse, overlong: Overlong) -> bool:
     """Whether a response is left out of the loss: it was cut off, and its end is not its own.
 
     It still takes part in its group's baseline. Source: DAPO, overlong filtering.
     """
-    return isinstance(overlong, MaskOverlong) and trajectory.finish_reason == "length"
+    return isinstance(overlong, MaskOverlong) and response.finish_reason == "length"
 
 
-def _shaped(reward: float | None, tokens: int, overlong: ShapeOverlong, max_response_tokens: int) -> float | None:
+def _shaped(response: PackedResponse, overlong: ShapeOverlong, max_response_tokens: int) -> PackedResponse:
     # Whoever needs the reward complains about one that is not there.
-    return None if reward is None else reward + length_penalty(tokens, overlong, max_response_tokens)
+    if response.reward is None:
+        return response
+    penalty = length_penalty(response.response_tokens, overlong, max_response_tokens)
+    return replace(response, reward=response.reward + penalty)

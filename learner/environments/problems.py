@@ -8,18 +8,16 @@ from common.config.run import RunConfig
 from common.trajectory import Prompt
 from learner.environments.data import Note, PromptSet, PromptStream, check_template_options, tokenise
 from learner.environments.rows import Row
-from learner.environments.step_checks import Decoder
 from learner.environments.tasks import Split
 from learner.run.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """The run's data: training prompts in order, held-out prompts, and the tokenizer that reads attempts back."""
+    """The run's data: training prompts in order, and held-out prompts."""
 
     stream: PromptStream
     held_out: Sequence[Prompt]
-    decoder: Decoder
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Any) -> None:
@@ -48,7 +46,7 @@ def make_problems(config: RunConfig, tokenizer: Any, sets: Mapping[Split, Prompt
             "them are taken"
         )
     stream = PromptStream(sets["train"].prompts, config.seed, config.rollout.groups_per_step)
-    return Problems(stream, held_out[: config.evaluation.problems], tokenizer)
+    return Problems(stream, held_out[: config.evaluation.problems])
 
 
 def make_prompt_sets(

@@ -29,10 +29,10 @@ class BadRowError(ValueError):
 
 @dataclass(slots=True)
 class BadRows:
-    """The rows of one source that can't be used, by reason. `policy`: the setting `data.on_bad_row`."""
+    """The rows of one source that can't be used, by reason. `policy`: `data.on_bad_row`; null for data without it."""
 
     source: str
-    policy: Literal["fail", "skip"]
+    policy: Literal["fail", "skip"] | None
     places: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -43,10 +43,12 @@ class BadRows:
         self.places.setdefault(reason, []).append(place)
 
     def conclude(self, rows: int) -> str:
-        """What to tell of them, empty if there are none. Raises InputError if the policy is `fail`, or none is left."""
+        """What to tell of them, empty if there are none. Raises InputError unless they may be skipped, and not all."""
         if not self.count:
             return ""
         text = f"{self.source}: {self.count} of {rows} rows can't be used: {'; '.join(self._reasons())}"
+        if self.policy is None:
+            raise InputError(text)
         if self.policy == "fail":
             raise InputError(f"{text}. data.on_bad_row: skip would leave them out")
         if self.count == rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
-from common.config.data import FileData, HuggingFaceData
+from common.config.data import FileData, HuggingFaceData, ReasoningGymData
 from learner.environments.records import BadRowError, BadRows, Record, check_text, json_kind
 
 Messages = list[dict[str, str]]
@@ -69,7 +69,7 @@ def _row(record: Record, data: FileData | HuggingFaceData, split: str) -> Row:
     if record.fault is not None:
         raise BadRowError(record.fault)
     names = data.columns
-    text, messages = _conversation(_column(record, names.prompt), data, f"column {names.prompt!r}")
+    text, messages = conversation(_column(record, names.prompt), data, f"column {names.prompt!r}")
     answer = _answer(_column(record, names.answer), f"column {names.answer!r}")
     identity = f"{split}-{record.number}"
     if names.id is not None:
@@ -115,7 +115,9 @@ def _identity(value: Any, what: str) -> str:
     raise BadRowError(f"{what} must hold text or a whole number, not {json_kind(value) if value != '' else 'nothing'}")
 
 
-def _conversation(prompt: Any, data: FileData | HuggingFaceData, what: str) -> tuple[str, Messages | None]:
+def conversation(
+    prompt: Any, data: FileData | HuggingFaceData | ReasoningGymData, what: str
+) -> tuple[str, Messages | None]:
     """The prompt's text, and its messages where a chat template applies. A prompt may be a list of messages."""
     if isinstance(prompt, str) and prompt.strip():
         check_text(prompt, what)

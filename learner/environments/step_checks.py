@@ -2,18 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from common.config.data import ChainReward
 from common.config.run import RunConfig
-from common.trajectory import Group, Trajectory
+from common.packed import Group, PackedResponse
 from learner.environments.tasks import chain
-
-
-class Decoder(Protocol):
-    """What is needed of a Hugging Face tokenizer to get attempts' texts."""
-
-    def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,39 +34,47 @@ class StepCounts:
         return self.recovered / self.slips if self.slips else None
 
 
-def count_steps(config: RunConfig, groups: Sequence[Group], decoder: Decoder) -> StepCounts | None:
+def checks_steps(config: RunConfig) -> bool:
+    """Whether the task's steps can be checked. Chains are such a task; another one joins them here."""
+    return isinstance(config.reward, ChainReward)
+
+
+def count_steps(config: RunConfig, groups: Sequence[Group]) -> StepCounts | None:
     """The counts over all responses, or None for a task whose steps can't be checked.
 
-    Chains are such a task; another one joins them here.
+    Raises ValueError for an erasable response whose attempts' texts were not asked for.
     """
-    if not isinstance(config.reward, ChainReward):
+    if not checks_steps(config):
         return None
     cascaded = slips = recovered = responses = 0
     for group in groups:
         problem = chain.parse_prompt(group.prompt.text)
-        for trajectory in group.trajectories:
+        for response in group.trajectories:
             responses += 1
-            cascaded += chain.check(problem, trajectory.text).cascaded
-            if trajectory.erasable:
-                found = _slips(problem, trajectory, decoder)
+            cascaded += chain.check(problem, response.text).cascaded
+            if response.erasable:
+                found = _slips(problem, response)
                 slips += len(found)
                 recovered += sum(found)
     return StepCounts(responses, cascaded, slips, recovered)
 
 
-def _slips(problem: chain.ChainProblem, trajectory: Trajectory, decoder: Decoder) -> list[bool]:
+def _slips(problem: chain.ChainProblem, response: PackedResponse) -> list[bool]:
     """For each slip of one response, whether the committed line is right."""
-    attempts = trajectory.attempts
-    texts = decoder.batch_decode([a.token_ids for a in attempts], skip_special_tokens=True)
-    final = chain.check(problem, trajectory.text).step_right
+    if response.attempt_texts is None:
+        raise ValueError(f"response {response.sample} to prompt {response.prompt_id!r} lacks its attempts' texts")
+    final = chain.check(problem, response.text).step_right
+    attempts = response.attempts
     found = []
     prefix = ""
-    for attempt, text in zip(attempts, texts, strict=True):
-        if attempt.attempt == 0:
+    for number, erased, text in zip(
+        attempts.numbers[:, 1].tolist(), attempts.erased.tolist(), response.attempt_texts, strict=True
+    ):
+        if number == 0:
             step = _first_wrong_line(problem, prefix + text)
             if step is not None:
                 found.append(step < len(final) and final[step])
-        if attempt.verdict == "accepted":
+        if not erased:
             prefix += text
             if _first_wrong_line(problem, prefix) is not None:
                 break

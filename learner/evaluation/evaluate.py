@@ -7,9 +7,10 @@ from typing import Literal
 
 from common.config import StrictModel
 from common.config.run import RunConfig
+from common.packed import Group
 from common.seeds import derive_seed
-from common.trajectory import Group, Prompt, ResponseRequest
-from learner.environments.step_checks import StepCounts
+from common.trajectory import Prompt, ResponseRequest
+from learner.environments.step_checks import StepCounts, checks_steps
 from learner.loop.step_metrics import erase_rate
 from learner.loop.treatment import is_success
 
@@ -63,6 +64,7 @@ def evaluation_requests(config: RunConfig, prompts: Sequence[Prompt], mode: Mode
                 temperature=config.rollout.temperature,
                 stop=config.rollout.stop,
                 policy=config.rollout.erasure if mode == "erasable" else None,
+                attempt_texts=checks_steps(config),
                 erasable=mode == "erasable",
             )
             for sample in range(k)

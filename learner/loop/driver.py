@@ -14,7 +14,8 @@ from common import metrics as names
 from common.config.run import RunConfig
 from common.interfaces import Rollouts
 from common.manifest import write_manifest
-from common.trajectory import Group, Prompt, ResponseRequest
+from common.packed import Group
+from common.trajectory import Prompt, ResponseRequest
 from learner.environments.problems import Problems
 from learner.environments.rewards import Rewards
 from learner.environments.step_checks import count_steps
@@ -210,7 +211,7 @@ class Driver:
     def _record_rollout(self, step: int, groups: list[Group], first_treated: int) -> dict[str, Any]:
         with part("trajectories", step):
             write_trajectories(self._directory.trajectories / f"step_{step}.parquet", step, groups)
-            counts = count_steps(self._config, groups, self._problems.decoder)
+            counts = count_steps(self._config, groups)
             return rollout_metrics(groups, first_treated, counts)
 
     def _finish_step(
@@ -240,20 +241,15 @@ class Driver:
         """Push the learner's weights to all replicas; returns the bytes of one copy."""
         deadline = self._config.sync.deadline_seconds
         with part("weight sync"):
-            update = await self._learner.export_weights(version)
-            try:
+            async with self._learner.publishing(version) as update:
                 report = await self._rollouts.sync(update, deadline)
-            finally:
-                await self._learner.release_weights(update)
         if report.version != version:
             raise PartError("weight sync", f"replicas hold version {report.version}, not {version}")
         self._weight_bytes = report.bytes
         return report.bytes
 
     def _scoring(self, step: int, prompts: Sequence[Prompt], requests: Sequence[Sequence[ResponseRequest]]) -> Scoring:
-        return Scoring(
-            self._rewards, prompts, sum(map(len, requests)), self._problems.decoder, step, self._config.rollout.stop
-        )
+        return Scoring(self._rewards, prompts, sum(map(len, requests)), step)
 
     async def _evaluate_if_due(self, stop: StopRequest) -> None:
         step, every = self._state.step, self._config.evaluation.every_steps
@@ -286,7 +282,7 @@ class Driver:
             async with self._scoring(step, prompts, requests) as scoring:
                 generating = generate_groups(self._rollouts, config, prompts, requests, scoring.add)
                 scored = await stop.unless_stopped(scoring.finish(await stop.unless_stopped(generating)))
-            counts = count_steps(config, scored.groups, self._problems.decoder)
+            counts = count_steps(config, scored.groups)
             seconds = time.monotonic() - started
             k = config.evaluation.responses_per_problem
             evaluation = evaluate_groups(

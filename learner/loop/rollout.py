@@ -7,10 +7,11 @@ from typing import cast
 
 from common.config.run import RunConfig
 from common.interfaces import Rollouts
-from common.trajectory import Group, Prompt, ResponseRequest, Trajectory
+from common.packed import Group, PackedResponse
+from common.trajectory import Prompt, ResponseRequest
 
 GRACE_SECONDS = 30.0
-Stream = AsyncGenerator[Trajectory, None]
+Stream = AsyncGenerator[PackedResponse, None]
 
 
 async def generate_groups(
@@ -18,7 +19,7 @@ async def generate_groups(
     config: RunConfig,
     prompts: Sequence[Prompt],
     requests: Sequence[Sequence[ResponseRequest]],
-    finished: Callable[[Trajectory], None] = lambda trajectory: None,
+    finished: Callable[[PackedResponse], None] = lambda trajectory: None,
     grace_seconds: float = GRACE_SECONDS,
 ) -> list[Group]:
     """All responses, in the order of the requests, whatever the order in which they finish.
@@ -29,7 +30,7 @@ async def generate_groups(
     asked for.
     """
     wanted = {(r.group_id, r.sample) for group in requests for r in group}
-    found: dict[tuple[str, int], Trajectory] = {}
+    found: dict[tuple[str, int], PackedResponse] = {}
     seconds = config.rollout.engine.response_seconds + grace_seconds
     clock = asyncio.get_running_loop().time
     try:

@@ -2,18 +2,22 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common import metrics as names
-from common.stops import text_before_stop
-from common.trajectory import Group, Prompt, Trajectory
+from common.packed import Group, PackedResponse, TokenArrays, committed
+from common.trajectory import Prompt
 from learner.environments.rewards import RewardItem, Rewards, Score, Tally
-from learner.environments.step_checks import Decoder
 from learner.run.errors import PartError, part
 
 Key = tuple[str, int]
+
+FETCH_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,6 @@ class Scored:
 class Scoring:
     """The rewards of one rollout: `add` every response as it finishes, then `finish`.
 
-    A response's text is the decoding of its committed tokens, special ones left out, up to the stop string that ended
-    it.
     An asynchronous context manager: leaving it cancels what is still being scored.
     """
 
@@ -55,16 +57,11 @@ class Scoring:
         rewards: Rewards,
         prompts: Sequence[Prompt],
         responses: int,
-        decoder: Decoder,
         step: int,
-        stops: Sequence[str] = (),
     ) -> None:
         self._rewards = rewards
         self._prompts = {prompt.id: prompt for prompt in prompts}
-        self._decoder = decoder
         self._step = step
-        self._stops = stops
-        self._texts: dict[Key, str] = {}
         self._scores: dict[Key, asyncio.Task[Score]] = {}
         self._tally = Tally(responses)
         self._failure: PartError | None = None
@@ -79,28 +76,15 @@ class Scoring:
             task.cancel()
         await asyncio.gather(*self._scores.values(), return_exceptions=True)
 
-    def add(self, trajectory: Trajectory) -> None:
+    def add(self, response: PackedResponse) -> None:
         """Begin to score a response. Raises PartError if the rewards so far already end the run."""
         self._raise_failure()
-        key = trajectory.group_id, trajectory.sample
-        prompt = self._prompts.get(trajectory.prompt_id)
+        key = response.group_id, response.sample
+        prompt = self._prompts.get(response.prompt_id)
         if prompt is None or key in self._scores:
             # Nobody asked for it; whoever collects the responses says so.
             return
-        (decoded,) = self._decoder.batch_decode([trajectory.token_ids], skip_special_tokens=True)
-        text = text_before_stop(decoded, self._stops)
-        item = RewardItem(
-            prompt_id=prompt.id,
-            prompt=prompt.text,
-            response=text,
-            answer=prompt.answer,
-            sample=trajectory.sample,
-            finish_reason=trajectory.finish_reason,
-            token_ids=trajectory.token_ids,
-            row=prompt.columns,
-        )
-        self._texts[key] = text
-        self._scores[key] = asyncio.create_task(self._score(item))
+        self._scores[key] = asyncio.create_task(self._score(prompt, response))
 
     async def finish(self, groups: Sequence[Group]) -> Scored:
         """The groups, each response of which was added, with texts and rewards. Raises PartError if some have none."""
@@ -110,9 +94,19 @@ class Scoring:
             self._raise_failure()
         return Scored([self._rewarded(group) for group in groups], self._tally)
 
-    async def _score(self, item: RewardItem) -> Score:
+    async def _score(self, prompt: Prompt, response: PackedResponse) -> Score:
         try:
             with part("reward", self._step):
+                item = RewardItem(
+                    prompt_id=prompt.id,
+                    prompt=prompt.text,
+                    response=response.text,
+                    answer=prompt.answer,
+                    sample=response.sample,
+                    finish_reason=response.finish_reason,
+                    token_ids=await _token_ids(response) if self._rewards.reads_tokens else (),
+                    row=prompt.columns,
+                )
                 score = await self._rewards.score(item)
                 self._tally.count(score)
                 self._rewards.judge(self._tally)
@@ -122,14 +116,28 @@ class Scoring:
             raise
 
     def _rewarded(self, group: Group) -> Group:
-        finished = []
-        for trajectory in group.trajectories:
-            key = trajectory.group_id, trajectory.sample
-            found = {"text": self._texts[key], "reward": self._scores[key].result().value}
-            finished.append(trajectory.model_copy(update=found))
+        finished = [
+            replace(response, reward=self._scores[response.group_id, response.sample].result().value)
+            for response in group.trajectories
+        ]
         # Nobody but the rewards reads the data set's other columns: they need not travel any further.
         return Group(prompt=group.prompt.model_copy(update={"columns": {}}), trajectories=finished)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+async def _token_ids(response: PackedResponse) -> NDArray[np.int32]:
+    """The committed tokens. Raises TimeoutError if they don't arrive."""
+    if response.tokens is not None:
+        return response.token_ids
+    try:
+        async with asyncio.timeout(FETCH_SECONDS):
+            tokens: TokenArrays = await response.reference
+    except TimeoutError:
+        raise TimeoutError(
+            f"the tokens of response {response.sample} to prompt {response.prompt_id!r} did not arrive within "
+            f"{FETCH_SECONDS:g} s"
+        ) from None
+    return committed(response.attempts, tokens.token_ids)

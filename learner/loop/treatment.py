@@ -2,8 +2,10 @@
 
 from common.config.data import ErasureTreatment, GroupShare, ShareAdaptive, TemperatureTreatment
 from common.config.run import RunConfig
+from common.packed import Group
 from common.seeds import derive_seed
-from common.trajectory import Group, Prompt, ResponseRequest
+from common.trajectory import Prompt, ResponseRequest
+from learner.environments.step_checks import checks_steps
 
 
 class TreatedShare:
@@ -59,6 +61,7 @@ def training_requests(config: RunConfig, step: int, prompt: Prompt, share_applie
                 temperature=temperature,
                 stop=rollout.stop,
                 policy=rollout.erasure,
+                attempt_texts=checks_steps(config),
                 erasable=is_treated and isinstance(treatment, ErasureTreatment),
             )
         )

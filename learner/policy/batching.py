@@ -10,49 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config.run import AdvantageConfig, NoOverlong, Overlong
+from common.config.run import AdvantageConfig, Overlong
+from common.packed import Fetch, Group, TokenArrays
 from common.seeds import derive_seed
-from common.trajectory import Group, Trajectory
-from learner.credit.advantages import group_advantages, token_advantages
-from learner.environments.overlong import is_masked
-from learner.objectives.clipped import MinibatchTotals
+from learner.objectives import MinibatchTotals
+from learner.policy.samples import NO_OVERLONG, TrainingSample, response_samples
 
 PADDING_TARGET = 0.08
 """Padding share up to which fewer micro-batches are preferred to less padding."""
 
 BISECTIONS = 12
 
-NO_OVERLONG = NoOverlong()
-
 EMPTY_TOKENS = 2
 """Tokens that a micro-batch without samples runs through the model."""
-
-
-@dataclass(slots=True)
-class TrainingSample:
-    """One sequence to learn from: `context_length` tokens that are given, then the tokens that carry loss.
-
-    `token_ids`: [context + response]; the other arrays: [response]. A response's context is its prompt; an erased
-    attempt's is the prompt and the committed tokens before it.
-    """
-
-    token_ids: NDArray[np.int64]
-    context_length: int
-    behaviour_logprobs: NDArray[np.float64]
-    temperatures: NDArray[np.float64]
-    advantages: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def response_length(self) -> int:
-        return len(self.token_ids) - self.context_length
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether any of its advantages is not exactly 0."""
-        return bool(self.advantages.any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,57 +53,6 @@ class MicroBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
-
-
-def response_samples(
-    trajectories: Sequence[Trajectory], config: AdvantageConfig, overlong: Overlong = NO_OVERLONG
-) -> list[list[TrainingSample]]:
-    """Samples of one group, for each response those to learn from: itself, and its erased attempts if they count.
-
-    A response without tokens, or one that `overlong` masks, takes part in the group's baseline and gives no sample.
-    """
-    advantages = group_advantages(trajectories, config)
-    samples: list[list[TrainingSample]] = []
-    for trajectory, segments in zip(trajectories, advantages.segments, strict=True):
-        own: list[TrainingSample] = []
-        samples.append(own)
-        if is_masked(trajectory, overlong):
-            continue
-        if trajectory.token_ids:
-            own.append(_committed_sample(trajectory, token_advantages(trajectory, segments)))
-        if advantages.erased != 0.0:
-            own += _erased_samples(trajectory, advantages.erased)
-    return samples
-
-
-def _committed_sample(trajectory: Trajectory, advantages: NDArray[np.float64]) -> TrainingSample:
-    return TrainingSample(
-        token_ids=np.array(trajectory.prompt_token_ids + trajectory.token_ids, dtype=np.int64),
-        context_length=len(trajectory.prompt_token_ids),
-        behaviour_logprobs=np.array(trajectory.behaviour_logprobs, dtype=np.float64),
-        temperatures=np.array(trajectory.token_temperatures, dtype=np.float64),
-        advantages=advantages,
-    )
-
-
-def _erased_samples(trajectory: Trajectory, advantage: float) -> list[TrainingSample]:
-    """Erased attempts as sequences of their own: a rollback goes to the segment's start, so earlier ones stand."""
-    samples = []
-    for attempt in trajectory.attempts:
-        if attempt.verdict == "erased":
-            kept = [t for a in trajectory.accepted if a.segment < attempt.segment for t in a.token_ids]
-            context = trajectory.prompt_token_ids + kept
-            length = len(attempt.token_ids)
-            samples.append(
-                TrainingSample(
-                    token_ids=np.array(context + attempt.token_ids, dtype=np.int64),
-                    context_length=len(context),
-                    behaviour_logprobs=np.array(attempt.behaviour_logprobs, dtype=np.float64),
-                    temperatures=np.full(length, attempt.temperature),
-                    advantages=np.full(length, advantage),
-                )
-            )
-    return samples
 
 
 def split_minibatches(
@@ -252,6 +171,23 @@ def rank_batches(
     run = [sample for sample in samples if sample.has_signal] if skip_without_signal else samples
     plan = plan_microbatches([len(sample) for sample in run], ranks, tokens_per_microbatch)
     return [RankBatch([[run[i] for i in batch] for batch in batches] or [[]], totals) for batches in plan]
+
+
+def with_tokens(batches: Sequence[RankBatch], fetch: Fetch) -> list[RankBatch]:
+    """The samples with arrays in the place of references, each of which is fetched once, and all together."""
+    samples = [sample for batch in batches for microbatch in batch.microbatches for sample in microbatch]
+    wanted = list(dict.fromkeys(s.tokens for s in samples if not isinstance(s.tokens, TokenArrays)))
+    found = dict(zip(wanted, fetch(wanted), strict=True)) if wanted else {}
+    return [
+        replace(
+            batch,
+            microbatches=[
+                [s if isinstance(s.tokens, TokenArrays) else replace(s, tokens=found[s.tokens]) for s in microbatch]
+                for microbatch in batch.microbatches
+            ],
+        )
+        for batch in batches
+    ]
 
 
 def token_counts(batches: Sequence[RankBatch]) -> tuple[int, int]:

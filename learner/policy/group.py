@@ -3,28 +3,30 @@
 import asyncio
 import json
 import math
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from common import metrics
 from common.config.run import LearnerConfig, MaskOverlong, RunConfig
 from common.manifest import write_manifest
 from common.out_of_memory import learner_advice, ran_out_of_memory
-from common.trajectory import Group
-from common.weights import WeightUpdate
+from common.packed import Group
+from common.weights.updates import HostUpdate, WeightUpdate
+from common.weights.weight_file import WrittenWeights
 from learner.environments.overlong import shaped_groups
-from learner.objectives.clipped import ObjectiveStatistics
+from learner.objectives import GapHistogram, ObjectiveStatistics, WeightStatistics
 from learner.policy.batching import RankBatch, rank_batches, split_minibatches, token_counts
 from learner.policy.model import PolicyError
 from learner.policy.rank import CHECKPOINT_DESCRIPTION, LearnerRank, MinibatchResult, NotFiniteError, Placement
 from learner.run.errors import PartError
-from learner.weights.host import WrittenWeights, file_prefix, remove_weight_files
+from learner.weights.host import remove_weight_leftovers
 
 GRACE_SECONDS = 5.0
 """How long the other ranks have to answer after one has failed: a dead one shows up after its peers' errors."""
@@ -37,7 +39,7 @@ class LearnerError(RuntimeError):
 class LearnerGroup:
     """All ranks of the learner. After a LearnerError from a running group only `close` is of use.
 
-    Ray must be connected. Deadlines: `learner.step_seconds` for everything but weight export, which has
+    Ray must be connected. Deadlines: `learner.step_seconds` for everything but publishing weights, which has
     `sync.deadline_seconds`.
     """
 
@@ -46,10 +48,10 @@ class LearnerGroup:
         self._log_directory = log_directory.resolve()
         self._ranks: list[Any] = []
         self._failure: str | None = None
+        self._path: Path | None = None
 
     async def start(self) -> None:
         """Start the ranks and load the model. Raises LearnerError with the reason if it can't be loaded."""
-        await asyncio.to_thread(remove_weight_files, self._config.name, os.getpid())
         self._log_directory.mkdir(parents=True, exist_ok=True)
         on_gpus = trains_on_gpus(self._config, int(ray.cluster_resources().get("GPU", 0.0)))
         options = self._actor_options(on_gpus)
@@ -73,39 +75,56 @@ class LearnerGroup:
         results: list[list[MinibatchResult]] = await self._call(
             "train", f"training step {step}", self._config.learner.step_seconds, each=work
         )
-        return _step_metrics(minibatches, results, self._config.learner.objective.kl_coefficient > 0.0)
+        return _step_metrics(minibatches, results, self._config.learner)
 
-    async def export_weights(self, version: int) -> WeightUpdate:
-        """Write the current weights once, for every replica on this machine to read, until `release_weights`.
+    @asynccontextmanager
+    async def publishing(self, version: int) -> AsyncIterator[WeightUpdate]:
+        """Publish the current weights: replicas load what this yields within the block.
+
+        A block that ends without an error says that every replica holds `version`, and that nobody needs an earlier
+        one. Until then replicas may still load the version before, and after it this one, until the next block ends.
 
         Raises:
             PartError: of the learner, a parameter is not finite.
+            LearnerError: the weights were not gathered or not sent.
         """
-        name = f"{file_prefix(self._config.name, os.getpid())}v{version}.safetensors"
+        what, seconds = f"publishing weights version {version}", self._config.sync.deadline_seconds
+        each = [(version,)] * len(self._ranks)
+        update = (await self._call("begin_publishing", what, seconds, each=each))[0]
+        self._path = Path(update.path) if isinstance(update, HostUpdate) else None
+        sending = asyncio.create_task(self._publish(update, what))
+        try:
+            if update.streams:
+                yield update
+                await sending
+            else:
+                yield await sending
+        except BaseException:
+            await self._give_up(sending, version)
+            raise
+        await self._call("keep_only", what, seconds, each=each)
+
+    async def _publish(self, update: WeightUpdate, what: str) -> WeightUpdate:
+        """The update with its checksum, once all of it was sent."""
+        each = [(update.version,)] * len(self._ranks)
         results: list[WrittenWeights | None] = await self._call(
-            "export_weights",
-            f"exporting weights version {version}",
-            self._config.sync.deadline_seconds,
-            each=[(name,)] * len(self._ranks),
+            "publish", what, self._config.sync.deadline_seconds, each=each
         )
         written = results[0]
         if written is None:
-            raise LearnerError(f"rank 0 wrote no weights for version {version}")
+            raise LearnerError(f"{what}: rank 0 published nothing")
         if written.not_finite is not None:
-            await asyncio.to_thread(Path(written.path).unlink, missing_ok=True)
             # As a failure of the learner, so that no checkpoint is made of these weights.
-            raise PartError("learner", f"weights version {version}: {written.not_finite} holds NaN or infinity")
-        return WeightUpdate(
-            version=version,
-            backend=self._config.sync.backend,
-            path=written.path,
-            checksum=written.checksum,
-            bytes=written.bytes,
-        )
+            raise PartError("learner", f"weights version {update.version}: {written.not_finite} holds NaN or infinity")
+        return update.model_copy(update={"checksum": written.checksum})
 
-    async def release_weights(self, update: WeightUpdate) -> None:
-        """Remove an exported file that every replica has read."""
-        await asyncio.to_thread(Path(update.path).unlink, missing_ok=True)
+    async def _give_up(self, sending: "asyncio.Task[WeightUpdate]", version: int) -> None:
+        """After an error. What went wrong in the ranks goes before what replicas then saw of it."""
+        await asyncio.gather(sending, return_exceptions=True)
+        if self._failure is None and self._ranks:
+            seconds = self._config.sync.deadline_seconds
+            await self._call("discard", "giving up a version", seconds, each=[(version,)] * len(self._ranks))
+        sending.result()
 
     async def save_checkpoint(self, directory: Path) -> None:
         """Write a checkpoint to `directory`, which appears complete or not at all."""
@@ -126,11 +145,23 @@ class LearnerGroup:
         await self._write(directory, "export_huggingface", f"exporting the model to {directory}", manifest=True)
 
     async def close(self) -> None:
-        """Stop the ranks, dead or alive, and remove the weight files of this process. May be called twice."""
-        for rank in self._ranks:
+        """Stop the ranks, dead or alive, and remove the weights that rank 0 has published. May be called twice."""
+        ranks, self._ranks = self._ranks, []
+        if ranks and self._failure is None:
+            with suppress(TimeoutError, RayError):
+                async with asyncio.timeout(GRACE_SECONDS):
+                    await ranks[0].stop_publishing.remote()
+        for rank in ranks:
             ray.kill(rank, no_restart=True)
-        self._ranks = []
-        await asyncio.to_thread(remove_weight_files, self._config.name, os.getpid())
+        await asyncio.to_thread(self._remove_weights)
+
+    def _remove_weights(self) -> None:
+        """Those of a rank on this machine that was killed: its lock is free once its process is gone."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        remove_weight_leftovers()
+        while self._path is not None and self._path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            remove_weight_leftovers()
 
     def _actor_options(self, on_gpus: bool) -> dict[str, Any]:
         environment = {
@@ -321,7 +352,7 @@ def _publish(partial_directory: Path, directory: Path) -> None:
 
 
 def _step_metrics(
-    minibatches: Sequence[Sequence[RankBatch]], results: Sequence[Sequence[MinibatchResult]], with_kl: bool
+    minibatches: Sequence[Sequence[RankBatch]], results: Sequence[Sequence[MinibatchResult]], learner: LearnerConfig
 ) -> dict[str, float]:
     """Means over a step's minibatches. `minibatches`: [minibatch][rank]; `results`: [rank][minibatch]."""
     by_minibatch = list(zip(*results, strict=True))
@@ -341,13 +372,34 @@ def _step_metrics(
         metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
         metrics.RATIO_MIN: whole.ratio_min,
         metrics.RATIO_MAX: whole.ratio_max,
-        # Without a token that was run there is nothing to tell.
-        metrics.LOGPROB_GAP_MEAN: first.gap_sum / first.tokens if first.tokens else math.nan,
-        metrics.LOGPROB_GAP_MAX: first.gap_max if first.tokens else math.nan,
         metrics.PADDING_SHARE: 1.0 - real / padded,
         metrics.LEARNER_TOKENS: float(real),
         metrics.SKIPPED_SHARE: 1.0 - run / max(sum(batches[0].totals.responses for batches in minibatches), 1),
     }
-    if with_kl:
+    if learner.objective.kl_coefficient > 0.0:
         values[metrics.KL] = whole.kl_sum / max(whole.tokens, 1)
-    return values
+    # Against behaviour's log-probs only the first minibatch is of the policy before any update.
+    gaps = (first if learner.old_logprobs == "behaviour" else whole).gaps
+    values |= _gap_metrics(gaps)
+    return values | _weight_metrics(whole.weights) if learner.importance_sampling.kind != "none" else values
+
+
+def _gap_metrics(gaps: GapHistogram) -> dict[str, float]:
+    """Without a token that was run there is nothing to tell: NaN."""
+    return {
+        metrics.LOGPROB_GAP_MEAN: gaps.mean,
+        metrics.LOGPROB_GAP_P50: gaps.quantile(0.5),
+        metrics.LOGPROB_GAP_P90: gaps.quantile(0.9),
+        metrics.LOGPROB_GAP_P99: gaps.quantile(0.99),
+        metrics.LOGPROB_GAP_P999: gaps.quantile(0.999),
+        metrics.LOGPROB_GAP_MAX: gaps.max if gaps.tokens else math.nan,
+        metrics.BEHAVIOUR_KL: gaps.kl,
+    }
+
+
+def _weight_metrics(weights: WeightStatistics) -> dict[str, float]:
+    return {
+        metrics.IMPORTANCE_WEIGHT_MEAN: weights.mean,
+        metrics.IMPORTANCE_OUTLIER_SHARE: weights.outlier_share,
+        metrics.IMPORTANCE_EFFECTIVE_SHARE: weights.effective_share,
+    }

@@ -21,10 +21,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from common.config.run import RunConfig
-from learner.objectives.clipped import MinibatchTotals, ObjectiveInputs, ObjectiveStatistics, compute_objective
-from learner.policy.batching import MicroBatch, RankBatch, TrainingSample, collate
+from common.packed import TokenArrays
+from common.weights.updates import WeightUpdate
+from common.weights.weight_file import ParameterShape, WrittenWeights
+from learner.objectives import MinibatchTotals, ObjectiveInputs, ObjectiveStatistics, compute_objective
+from learner.policy.batching import MicroBatch, RankBatch, collate, with_tokens
 from learner.policy.model import learning_rate, load_policy, response_logprobs
-from learner.weights.host import ParameterShape, WrittenWeights, weight_directory, write_weights
+from learner.policy.samples import TrainingSample
+from learner.weights.publisher import Parameters, Publisher
+from learner.weights.transports import publisher
 
 CHECKPOINT_TAG = "deepspeed"
 CHECKPOINT_DESCRIPTION = "learner.json"
@@ -65,6 +70,7 @@ class LearnerRank:
         self._stage = config.learner.zero_stage
         self._engine: Any = None
         self._reference: nn.Module | None = None
+        self._publisher: Publisher | None = None
 
     def place(self) -> Placement:
         """This rank's node, and a free port on it. Not collective."""
@@ -105,7 +111,7 @@ class LearnerRank:
         self._engine.train()
         if self._config.learner.objective.kl_coefficient > 0.0:
             self._reference = load_policy(self._config.model).eval().requires_grad_(False).to(self._device)
-        elements = sum(math.prod(shape.shape) for shape in self._parameter_shapes())
+        elements = sum(math.prod(shape.shape) for shape in self._parameters().shapes)
         print(
             f"learner rank {self._rank} of {self._world_size}: {elements:,} parameters in "
             f"{self._config.model.dtype}, ZeRO stage {self._stage}, on {self._device}"
@@ -114,24 +120,55 @@ class LearnerRank:
     def train(self, batches: list[RankBatch]) -> list[MinibatchResult]:
         """One optimizer step for each minibatch, of which this rank gets its micro-batches."""
         results = []
-        for number, batch in enumerate(batches, start=1):
+        batches = with_tokens(batches, self._fetch)
+        old_logprobs = self._old_logprobs(batches)
+        for number, (batch, old) in enumerate(zip(batches, old_logprobs, strict=True), start=1):
             try:
-                results.append(self._train_minibatch(batch))
+                results.append(self._train_minibatch(batch, old))
             except NotFiniteError as error:
                 raise NotFiniteError(f"minibatch {number} of {len(batches)}: {error}") from None
         return results
 
-    def export_weights(self, file_name: str) -> WrittenWeights | None:
-        """Rank 0 writes the parameters into shared memory and returns what it wrote; the others return None."""
-        shapes = self._parameter_shapes()
-        if self._rank == 0:
-            directory = weight_directory(sum(shape.bytes for shape in shapes))
-            written = write_weights(directory / file_name, shapes, self._gathered)
-        else:
-            written = None
-            self._take_part_in_gathering(shapes)
+    def _fetch(self, references: list[Any]) -> list[TokenArrays]:
+        """What the references lead to, from wherever the responses were generated: views of shared memory."""
+        found: list[TokenArrays] = ray.get(references, timeout=self._config.learner.step_seconds)
+        return found
+
+    def begin_publishing(self, version: int) -> WeightUpdate | None:
+        """Rank 0 makes ready to publish the current parameters, see `Publisher.begin`. Not collective."""
+        if self._rank != 0:
+            return None
+        if self._publisher is None:
+            self._publisher = publisher(self._config.sync)
+        return self._publisher.begin(version, self._parameters())
+
+    def publish(self, version: int) -> WrittenWeights | None:
+        """Rank 0 sends the parameters and returns what it sent; the others return None."""
+        parameters = self._parameters()
+        written = None
+        if self._publisher is not None:
+            written = self._publisher.publish(version, parameters)
+        elif self._stage == 3:
+            for _ in parameters:
+                pass
         self._barrier()
         return written
+
+    def keep_only(self, version: int) -> None:
+        """Every replica holds `version`. Not collective."""
+        if self._publisher is not None:
+            self._publisher.keep_only(version)
+
+    def discard(self, version: int) -> None:
+        """Nobody is to load `version`. Not collective."""
+        if self._publisher is not None:
+            self._publisher.discard(version)
+
+    def stop_publishing(self) -> None:
+        """Leave nothing behind. Not collective."""
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
 
     def save_checkpoint(self, directory: str) -> None:
         """Write model, optimizer and step count into `directory`, which exists."""
@@ -158,34 +195,47 @@ class LearnerRank:
 
     def export_huggingface(self, directory: str) -> None:
         """Rank 0 writes model, generation config and tokenizer as `save_pretrained` does."""
-        shapes = self._parameter_shapes()
         if self._rank == 0:
-            state = {}
-            for shape in shapes:
-                with self._gathered(shape.name) as tensor:
-                    state[shape.name] = tensor.detach().cpu().clone()
+            state = {shape.name: tensor.detach().cpu().clone() for shape, tensor in self._parameters()}
             self._engine.module.save_pretrained(directory, state_dict=state)
             model = self._config.model
             tokenizer = AutoTokenizer.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
             tokenizer.save_pretrained(directory)
-        else:
-            self._take_part_in_gathering(shapes)
+        elif self._stage == 3:
+            for _ in self._parameters():
+                pass
         self._barrier()
 
     @property
     def _device(self) -> torch.device:
         return torch.device(self._engine.device)
 
-    def _train_minibatch(self, batch: RankBatch) -> MinibatchResult:
+    def _old_logprobs(self, batches: list[RankBatch]) -> list[list[Tensor | None]]:
+        """Log-probs of the policy as it is now, for every micro-batch of every minibatch.
+
+        None where they need no forward pass of their own: if behaviour's are used, and in the first minibatch, whose
+        own forward pass gives them.
+        """
+        first, later = batches[:1], batches[1:]
+        found: list[list[Tensor | None]] = [[None] * len(batch.microbatches) for batch in first]
+        if self._config.learner.old_logprobs == "behaviour":
+            return found + [[None] * len(batch.microbatches) for batch in later]
+        with torch.no_grad():
+            for batch in later:
+                microbatches = (collate(samples).to(self._device) for samples in batch.microbatches)
+                found.append([response_logprobs(self._engine, microbatch) for microbatch in microbatches])
+        return found
+
+    def _train_minibatch(self, batch: RankBatch, old_logprobs: list[Tensor | None]) -> MinibatchResult:
         rate = self._set_learning_rate()
         total = ObjectiveStatistics()
         loss_sum = 0.0
         last = len(batch.microbatches) - 1
-        for index, samples in enumerate(batch.microbatches):
+        for index, (samples, old) in enumerate(zip(batch.microbatches, old_logprobs, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == last)
-            loss, statistics = self._loss(samples, batch.totals)
+            loss, statistics = self._loss(samples, batch.totals, old)
             # DeepSpeed averages gradients over the ranks; the loss is a share of the minibatch's sum.
             self._engine.backward(loss * self._world_size)
             loss_sum += float(loss.detach())
@@ -201,13 +251,23 @@ class LearnerRank:
             raise NotFiniteError(f"the gradient's norm is {norm} with a loss of {loss_sum:.3g} and {ratios}")
         return MinibatchResult(loss_sum, total, norm, rate)
 
-    def _loss(self, samples: list[TrainingSample], totals: MinibatchTotals) -> tuple[Tensor, ObjectiveStatistics]:
+    def _loss(
+        self, samples: list[TrainingSample], totals: MinibatchTotals, old_logprobs: Tensor | None
+    ) -> tuple[Tensor, ObjectiveStatistics]:
+        learner = self._config.learner
         batch = collate(samples).to(self._device)
         logprobs = response_logprobs(self._engine, batch)
+        if learner.old_logprobs == "recomputed" and old_logprobs is None:
+            old_logprobs = logprobs.detach()
         inputs = ObjectiveInputs(
-            logprobs, batch.behaviour_logprobs, batch.advantages, batch.mask, self._reference_logprobs(batch)
+            logprobs,
+            batch.behaviour_logprobs,
+            batch.advantages,
+            batch.mask,
+            self._reference_logprobs(batch),
+            old_logprobs,
         )
-        return compute_objective(self._config.learner.objective, inputs, totals)
+        return compute_objective(learner.objective, inputs, totals, learner.importance_sampling)
 
     def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
         if self._reference is None:
@@ -233,12 +293,13 @@ class LearnerRank:
         norms = [p.grad.norm() for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.stack(norms).norm())
 
-    def _parameter_shapes(self) -> list[ParameterShape]:
+    def _parameters(self) -> Parameters:
         # named_parameters() names a tied head once, as the embedding: transformers and vLLM tie it again.
-        return [
+        shapes = [
             ParameterShape(name, tuple(getattr(p, "ds_shape", p.shape)), p.dtype)
             for name, p in self._engine.module.named_parameters()
         ]
+        return Parameters(shapes, self._gathered)
 
     @contextmanager
     def _gathered(self, name: str) -> Iterator[Tensor]:
@@ -247,12 +308,6 @@ class LearnerRank:
         parameter = self._engine.module.get_parameter(name)
         with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
             yield parameter
-
-    def _take_part_in_gathering(self, shapes: list[ParameterShape]) -> None:
-        if self._stage == 3:
-            for shape in shapes:
-                with self._gathered(shape.name):
-                    pass
 
     def _barrier(self) -> None:
         import deepspeed

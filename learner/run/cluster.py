@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from common.config.run import RunConfig
+from common.owned_directories import OwnedDirectory, remove_leftovers
 from learner.run.errors import PartError
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,9 @@ def ray_cluster(config: RunConfig, log_directory: Path) -> Iterator[None]:
         with _shut_down_at_end():
             yield
         return
-    _remove_leftovers()
-    session = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_temporary_directory()))
+    remove_leftovers(PREFIX, [_temporary_directory()])
+    owned = OwnedDirectory(PREFIX, _temporary_directory())
+    session = owned.path
     try:
         start_local(config, session)
         with _shut_down_at_end():
@@ -67,7 +69,7 @@ def ray_cluster(config: RunConfig, log_directory: Path) -> Iterator[None]:
     finally:
         _kill_processes_of(session)
         _keep_logs(session, log_directory / "ray")
-        shutil.rmtree(session, ignore_errors=True)
+        owned.remove()
 
 
 def start_local(config: RunConfig, session: Path) -> None:
@@ -196,17 +198,9 @@ def _deadline(seconds: float, what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _temporary_directory() -> str:
+def _temporary_directory() -> Path:
     chosen = tempfile.gettempdir()
-    return chosen if len(chosen) <= LONGEST_TEMPORARY_PATH else "/tmp"
-
-
-def _remove_leftovers() -> None:
-    """Delete what runs that were killed left behind: directories that name a process which is no more."""
-    for path in Path(_temporary_directory()).glob(f"{PREFIX}*"):
-        owner = path.name.removeprefix(PREFIX).split("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)
+    return Path(chosen if len(chosen) <= LONGEST_TEMPORARY_PATH else "/tmp")
 
 
 def _keep_logs(session: Path, destination: Path) -> None:

@@ -162,7 +162,7 @@ def _reward(config: RunConfig, rows: dict[Split, list[Row]] | None, found: Findi
     columns = None if rows is None else {name for split in rows.values() for row in split for name in row.columns}
 
     async def load() -> Reading:
-        rewards = make_rewards(config.reward, columns)
+        rewards = make_rewards(config.reward, columns, config.data)
         try:
             return await rewards.start()
         finally:

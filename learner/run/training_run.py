@@ -125,7 +125,8 @@ def _prepared(config: RunConfig) -> Iterator[_Prepared]:
         check_model(config)
     check, notes = row_check(config.reward), list[str]()
     rows = {split: read_rows(config, split, check, notes.append) for split in SPLITS}
-    rewards = make_rewards(config.reward, {name for split in rows.values() for row in split for name in row.columns})
+    columns = {name for split in rows.values() for row in split for name in row.columns}
+    rewards = make_rewards(config.reward, columns, config.data)
     try:
         reading = asyncio.run(rewards.start())
         rows = {split: with_columns(of_split, reading.columns) for split, of_split in rows.items()}

@@ -4,16 +4,12 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from vllm import RequestOutput
-from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
@@ -21,19 +17,17 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, ModelConfig
-from common.sentinels import model_sentinels
 from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
-from rollout_server.engine.cores import threads_per_engine
+from rollout_server.engine.errors import CannotSample, EngineClosed, GenerationAborted, PromptTooLong, WeightSyncError
+from rollout_server.engine.launch import engine_args, eos_token_ids, prepare_environment
+from rollout_server.engine.listener import Listener, PromptScores
 from rollout_server.engine.plain_requests import PlainRequests
-from rollout_server.engine.rollback import Listener, ResubmitRollback, Rollback, top_logprobs
+from rollout_server.engine.rollback import ResubmitRollback, Rollback, top_logprobs
 from rollout_server.engine.sampling import plain_params, score_params
-from rollout_server.engine.scheduling import SCHEDULER
-from rollout_server.engine.worker_extension import WORKER_EXTENSION
-from rollout_server.monitor.adapters.vllm_v1 import LOGITS_PROCESSOR
 from rollout_server.monitor.records import Inbox, NonFiniteRecord, Record
-from rollout_server.weights.host import HOST_BACKEND
+from rollout_server.weights.receivers import Receivers
 
 log = logging.getLogger("e3rl.engine")
 
@@ -43,9 +37,6 @@ MAX_SCORED_LOGITS = 2**29
 
 RELEASE_AFTER = 32
 """Aborted submissions that are released together, and at the latest when the engine is asked to settle."""
-
-
-PromptScores = list[dict[int, tuple[float, int]] | None]
 
 
 Priors = dict[str, list[list[float]]]
@@ -60,22 +51,6 @@ SHUTDOWN_SECONDS = 5.0
 """What vLLM's process has to end by itself before it is killed."""
 
 
-class WeightSyncError(RuntimeError):
-    """Weights did not arrive as they were sent, or not in time. The engine serves nothing until a sync succeeds."""
-
-
-class EngineClosed(RuntimeError):
-    """The engine was closed before it admitted a request."""
-
-
-class CannotSample(ValueError):
-    """vLLM does not sample with these parameters; the message says why."""
-
-
-class PromptTooLong(ValueError):
-    """Prompt and response together do not fit into the model's length."""
-
-
 class ErasableEngine:
     """Generates responses with or without erasure on one vLLM engine, and takes new weights.
 
@@ -87,7 +62,7 @@ class ErasableEngine:
         self._inbox = inbox
         self.max_length = max_length
         self.sentinel_ids = sentinel_ids
-        self.eos_token_ids = _eos_token_ids(llm)
+        self.eos_token_ids = eos_token_ids(llm)
         self._uids = itertools.count(1)
         self._rollback = ResubmitRollback(
             llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
@@ -101,6 +76,7 @@ class ErasableEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._sync_failure: str | None = None
+        self._receivers = Receivers()
         self._closed = False
         self.version = 0
 
@@ -116,7 +92,7 @@ class ErasableEngine:
         inbox = Inbox()
         try:
             async with asyncio.timeout(engine.start_seconds):
-                args = _engine_args(model, engine, inbox.address, version)
+                args = engine_args(model, engine, inbox.address, version)
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
                 started = cls(llm, inbox, args.additional_config["e3rl"]["sentinel_ids"], model.max_length)
                 # From here on vLLM keeps what it read of the environment, which it would look up for every token.
@@ -169,7 +145,7 @@ class ErasableEngine:
             outputs = _checked(self._plain.outputs(uid, prompt, score_params(top, uid)))
             scores = [output.prompt_logprobs async for output in outputs]
         if not scores or scores[-1] is None:
-            raise RuntimeError("vLLM aborted the scoring of a prompt")
+            raise GenerationAborted("vLLM aborted the scoring of a prompt")
         known: PromptScores = []
         slices = Slices()
         for place in scores[-1]:
@@ -228,11 +204,15 @@ class ErasableEngine:
         """What the monitor holds and what erasures cost.
 
         `following` is 0 when nothing is under way, `resumed` counts ends of preemptions; `lost_steps` is in engine
-        steps over all `erasures`.
+        steps over all `erasures`, `sync_retries` counts updates that had to be received again.
         """
         await self.settle()
         counters: list[dict[str, int]] = await self._llm.collective_rpc("e3rl_counters")
-        return counters[0] | {"erasures": self._rollback.erasures, "lost_steps": self._rollback.lost_steps}
+        return counters[0] | {
+            "erasures": self._rollback.erasures,
+            "lost_steps": self._rollback.lost_steps,
+            "sync_retries": self._receivers.retries,
+        }
 
     async def priors(self) -> Priors:
         """Statistics of earlier groups, for a checkpoint."""
@@ -271,28 +251,32 @@ class ErasableEngine:
     async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
         """Load `update` between two steps; requests under way go on with it. Returns the checksum of what is held.
 
-        A pause lasts on. Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
+        Weights are received, and compared with what was sent, while the engine generates. A pause lasts
+        on. Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
 
         Raises:
-            WeightSyncError: not in time, an error in vLLM, or another checksum than the update's.
+            WeightSyncError: not in time, not as they were sent, or an error in vLLM.
         """
         started = time.monotonic()
         try:
-            async with asyncio.timeout(deadline_seconds):
+            async with (
+                asyncio.timeout(deadline_seconds),
+                self._receivers.receiving(update, deadline_seconds) as arrived,
+            ):
                 self._admitting.clear()
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 if self._sync_failure is not None:
                     # The engine may have been too busy with the failed one to give it up.
                     await self._llm.collective_rpc("e3rl_abandon_weight_update")
                 await self._llm.start_weight_update()
-                await self._llm.update_weights(WeightTransferUpdateRequest({"path": update.path}))
+                await self._llm.update_weights(WeightTransferUpdateRequest(arrived.update_info))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
-                checksums = set(await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)))
-                if checksums != {update.checksum}:
-                    raise WeightSyncError(
-                        f"version {update.version}: the engine holds weights with checksum {sorted(checksums)}, "
-                        f"the learner sent {update.checksum}"
-                    )
+                for read, held in await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)):
+                    if read != held:
+                        raise WeightSyncError(
+                            f"version {update.version}: the engine's parameters sum up to {held:016x}, those that "
+                            f"arrived to {read:016x}"
+                        )
                 await self._llm.reset_prefix_cache(reset_running_requests=True)
         except BaseException as error:
             self._sync_failure = f"weight sync of version {update.version} failed: {error!r}"
@@ -311,7 +295,7 @@ class ErasableEngine:
         self.version = update.version
         if not self._paused:
             await self._admit()
-        return update.checksum
+        return arrived.checksum
 
     async def _abandon_sync(self) -> None:
         """After a failed sync: requests that wait are answered with the failure, and another sync can start."""
@@ -372,7 +356,7 @@ class ErasableEngine:
             if listener is not None and tokens:
                 listener.sampled(tokens, top_logprobs(output, len(tokens)))
         if output is None or output.outputs[0].finish_reason == "abort":
-            raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
+            raise GenerationAborted(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
         spans = output.outputs[0].weight_versions or []
         attempt = Attempt(
             segment=0,
@@ -411,70 +395,3 @@ async def _checked(outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Reque
             yield output
     except (VLLMValidationError, ValueError) as error:
         raise CannotSample(" ".join(str(error).split())[:500]) from error
-
-
-def prepare_environment(engine: EngineConfig) -> None:
-    """Environment that vLLM reads when it is imported or started; what the user has set wins."""
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-    }
-    if current_platform.is_cpu():
-        defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(1)),
-            # oneDNN keeps what it compiles for each batch size, 0.1 MiB and more a piece; by default 1,024 of them.
-            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
-        }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def _engine_args(model: ModelConfig, engine: EngineConfig, address: str, version: int) -> AsyncEngineArgs:
-    sentinels = model_sentinels(model)
-    log.info("sentinels: %s", sentinels)
-    return AsyncEngineArgs(
-        model=model.path,
-        # The label of vLLM's metrics: not the directory's path, which clients need not know.
-        served_model_name=Path(model.path).name if is_model_directory(model.path) else model.path,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        dtype=model.dtype,
-        max_model_len=model.max_length,
-        max_num_seqs=engine.max_concurrent_responses,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        num_gpu_blocks_override=engine.num_gpu_blocks_override,
-        block_size=engine.block_size,
-        enforce_eager=engine.enforce_eager,
-        enable_prefix_caching=True,
-        # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
-        enable_chunked_prefill=False if current_platform.is_cpu() else None,
-        scheduling_policy="priority",
-        scheduler_cls=SCHEDULER,
-        logits_processors=[LOGITS_PROCESSOR],
-        worker_extension_cls=WORKER_EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=HOST_BACKEND),
-        additional_config={"e3rl": {"address": address, "sentinel_ids": sentinels.ids, "version": version}},
-        disable_log_stats=not engine.log_stats,
-        enable_log_requests=False,
-        seed=0,
-    )
-
-
-def _eos_token_ids(llm: AsyncLLM) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, and those of the model's generation config."""
-    ids: set[int] = set()
-    configured = llm.model_config.try_get_generation_config().get("eos_token_id")
-    if configured is not None:
-        ids.update(configured if isinstance(configured, list) else [configured])
-    tokenizer = llm.get_tokenizer()
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return tuple(sorted(ids))
-
-
-def is_model_directory(path: str) -> bool:
-    """Whether `path` is a local directory with a model's configuration."""
-    return (Path(path) / "config.json").is_file()

@@ -22,6 +22,8 @@ from common.seeds import attempt_seed
 from common.threshold import GroupStatistics, History
 from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits
+from rollout_server.engine.errors import GenerationAborted, RecordLost
+from rollout_server.engine.listener import Listener, TopLogprobs
 from rollout_server.engine.progress import Progress, Sampled
 from rollout_server.engine.sampling import adjustments, submission_params
 from rollout_server.monitor import Field
@@ -32,49 +34,6 @@ RECORD_SECONDS = 60.0
 SENTINEL_TOKENS = 1
 UNWATCHED_TOKENS = 16
 """Tokens that come at once where a listener wants only judgements: what a judged segment may be late by."""
-
-
-TopLogprobs = list[dict[int, float]]
-"""For each sampled token: the model's log-probs of that token, first, and of the most likely ones."""
-
-
-class RecordLost(RuntimeError):
-    """The engine ended a request, but the monitor's record of why did not arrive, or not in time."""
-
-
-class Listener(Protocol):
-    """Told of a response while it is generated. Calls come in order and must return at once."""
-
-    @property
-    def wants_tokens(self) -> bool:
-        """Whether `sampled` is to be called, which costs something for every token."""
-        ...
-
-    def sampled(self, token_ids: list[int], logprobs: TopLogprobs | None) -> None:
-        """Tokens that were sampled; some may be erased later. `logprobs`: where the request asks for them."""
-        ...
-
-    def resumed(self, cached_tokens: int) -> None:
-        """Generation goes on after an erasure, or from where a request resumes.
-
-        `cached_tokens` of what precedes came from the prefix cache.
-        """
-        ...
-
-    def judged(self, attempt: Attempt, final: bool) -> None:
-        """A segment was accepted or erased. `final`: it was accepted and ends the response.
-
-        Tokens that were on their way while the weights changed carry the new version here; the trajectory has them
-        right.
-        """
-        ...
-
-    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
-        """A segment's erasures are spent: `attempt`, its last, was erased, and `kept` is accepted after all.
-
-        `kept` was told of before, as erased. `final`: it ends the response.
-        """
-        ...
 
 
 class Rollback(Protocol):
@@ -219,7 +178,7 @@ class ResubmitRollback:
                 while mailbox.records and mailbox.records[0].field(Field.END) <= sampled.end:
                     ended = self._take(mailbox.records.popleft(), sampled, request, progress, listener)
         if output is None or output.outputs[0].finish_reason == "abort":
-            raise RuntimeError(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
+            raise GenerationAborted(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
         spans = output.outputs[0].weight_versions or []
         sampled.versions = [(span.start, span.end, int(span.version)) for span in spans]
         for index in range(taken, len(progress.attempts)):

@@ -6,13 +6,11 @@ string is not part of the trajectory, so that it is neither rewarded nor trained
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from rollout_server.engine.detokenize import TextCursor, TextOptions
-
-if TYPE_CHECKING:
-    from rollout_server.engine.rollback import Listener, TopLogprobs
+from rollout_server.engine.listener import Listener, TopLogprobs
 
 
 class Engine(Protocol):
@@ -21,7 +19,7 @@ class Engine(Protocol):
     eos_token_ids: tuple[int, ...]
     version: int
 
-    async def generate(self, request: ResponseRequest, listener: "Listener | None" = None) -> Trajectory: ...
+    async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory: ...
 
 
 class StopWatch:
@@ -40,7 +38,7 @@ class StopWatch:
     def has_stopped(self) -> bool:
         return self._cursor.stopped is not None
 
-    def sampled(self, token_ids: list[int], logprobs: "TopLogprobs | None") -> None:
+    def sampled(self, token_ids: list[int], logprobs: TopLogprobs | None) -> None:
         """Part of `Listener`: a plain response's tokens stay."""
         if not self.has_stopped:
             self._commit(token_ids, final=False)

@@ -87,6 +87,7 @@ NOT_OF_A_KIND = frozenset(
         "max_tokens",
         "top_logprobs",
         "policy",
+        "attempt_texts",
         "erasable",
         "resume_from",
     }

@@ -9,10 +9,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from common.config.run import EngineConfig, ModelConfig
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
-from rollout_server.engine.engine import CannotSample, EngineClosed, ErasableEngine, WeightSyncError
-from rollout_server.engine.rollback import Listener, RecordLost
-from rollout_server.http.openai.entries import PromptScores
-from rollout_server.replicas.pool import EngineFacts, GenerationAborted, NoWeights, ReplicaLost, RequestRefused
+from rollout_server.engine.engine import ErasableEngine
+from rollout_server.engine.errors import CannotSample, EngineClosed, RecordLost, WeightSyncError
+from rollout_server.engine.listener import Listener, PromptScores
+from rollout_server.replicas.replica import EngineFacts, NoWeights, ReplicaLost, RequestRefused
 from rollout_server.replicas.use import EngineUse
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -59,10 +59,6 @@ class LocalReplica:
             raise NoWeights(str(error)) from error
         except CannotSample as error:
             raise RequestRefused(str(error)) from error
-        except RuntimeError as error:
-            if "vLLM aborted" not in str(error):
-                raise
-            raise GenerationAborted(str(error)) from error
 
     async def probe(self) -> EngineUse:
         engine = self.engine

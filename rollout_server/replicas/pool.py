@@ -1,118 +1,20 @@
-"""Replicas of the model: one interface for an engine in this process and for Ray actors, and the set of them all."""
+"""The pool: routes groups to replicas, restarts those that die and keeps all on the same weights."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
-from rollout_server.http.openai.errors import ApiError, unavailable
-from rollout_server.replicas.use import EngineUse
-
-if TYPE_CHECKING:
-    from rollout_server.engine.rollback import Listener
-    from rollout_server.http.openai.entries import PromptScores
+from rollout_server.replicas.errors import NoReplicaReady, VersionNotNewer, WeightsNotLoaded
+from rollout_server.replicas.member import Member
+from rollout_server.replicas.replica import EngineFacts, Replica, ReplicaLost
 
 log = logging.getLogger("e3rl.replicas")
 MAX_REASON_CHARACTERS = 500
 MAX_VERSION = 2**63 - 1
 RESTART_PAUSE_SECONDS = 1.0
-
-
-class ReplicaLost(Exception):
-    """The replica is dead, or did not answer; of what it was generating only what listeners heard is left."""
-
-
-class GenerationAborted(Exception):
-    """The replica ended the response on purpose: a pause with mode `abort`, or a sync that failed."""
-
-
-class NoWeights(Exception):
-    """The replica's last sync failed, so it holds no complete weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What a started engine says of itself. `defaults`: sampling parameters of the model's generation config.
-
-    `sentinel_ids`: tokens that no monitored response can hold.
-    """
-
-    version: int
-    max_length: int
-    eos_token_ids: tuple[int, ...]
-    vocabulary: int
-    defaults: dict[str, float]
-    sentinel_ids: tuple[int, ...] = ()
-
-
-class RequestRefused(Exception):
-    """The engine cannot do what a request asks for; the message is for the client."""
-
-
-class Replica(Protocol):
-    """One copy of the model. Every call but `generate` has a deadline; `generate` has the request's."""
-
-    async def start(self) -> EngineFacts:
-        """Start or, after a loss, restart."""
-        ...
-
-    async def generate(self, request: ResponseRequest, listener: "Listener | None") -> Trajectory:
-        """Raises `ReplicaLost` if the engine dies; cancelling frees what it holds.
-
-        Without a listener nothing is known of a response that is lost; with one, what was judged.
-        """
-        ...
-
-    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
-        """Log-probs and ranks of a prompt's tokens and of the `top` likeliest in their places."""
-        ...
-
-    async def probe(self) -> EngineUse:
-        """What the engine is doing; raises unless it answers."""
-        ...
-
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
-        """Load weights; the checksum of what is then held. What is paused stays so."""
-        ...
-
-    async def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes; false while a request holds some."""
-        ...
-
-    async def pause(self, mode: str) -> None: ...
-
-    async def resume(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Member:
-    """A replica in the set. `error`: why it does not generate; null if it does.
-
-    `version`, `checksum`: what it holds; without a checksum what it was started with, or after a failed sync nothing.
-    `gave_up`: it died and is restarted no more. `non_finite_version`: of the last weights here whose logits were not
-    finite. `use`: as it was when the replica was last probed.
-    """
-
-    number: int
-    replica: Replica
-    error: str | None = "is starting"
-    responses: int = 0
-    version: int = 0
-    checksum: str | None = None
-    sync_seconds: float = 0.0
-    sync_bytes: int = 0
-    sync_error: str | None = None
-    synced: bool = False
-    restarts: int = 0
-    gave_up: bool = False
-    non_finite_version: int | None = None
-    use: EngineUse = field(default_factory=EngineUse)
 
 
 class Kept(Protocol):
@@ -123,8 +25,8 @@ class Kept(Protocol):
         ...
 
 
-class ReplicaSet:
-    """Routes groups to replicas, restarts those that die and keeps all on the same weights.
+class Pool:
+    """The replicas of a training run or of a server.
 
     `update`, `kept`: the newest weights that any replica has loaded. A restarted replica gets them before it is given
     requests, and one that did not load them is restarted, so that the versions that are served never fall.
@@ -179,12 +81,13 @@ class ReplicaSet:
         """The replica with the fewest responses, which are now counted as its own: give back with `leave`.
 
         Raises:
-            ApiError: 503, none is ready.
+            NoReplicaReady: with the reason of each.
         """
         ready = self.ready
         if not ready:
-            reasons = "; ".join(f"replica {member.number} {member.error}" for member in self.members)
-            raise unavailable(f"no replica is ready: {reasons}")
+            reasons = "; ".join(map(str, self.members))
+            final = all(member.gave_up for member in self.members)
+            raise NoReplicaReady(f"no replica is ready: {reasons}", final=final)
         member = min(ready, key=lambda candidate: candidate.responses)
         member.responses += responses
         return member
@@ -272,9 +175,11 @@ class ReplicaSet:
         self._probing = None
 
     def check_version(self, version: int | None) -> None:
-        """Raises `ApiError`: 409 if weights of this version cannot be the next ones."""
+        """Raises `VersionNotNewer` if weights of this version cannot be the next ones."""
         if version is not None and version < self._newest_served:
-            raise _conflict(f"version {self._newest_served} has been served, and versions never fall: not {version}")
+            raise VersionNotNewer(
+                f"version {self._newest_served} has been served, and versions never fall: not {version}"
+            )
 
     async def sync(self, update: WeightUpdate, kept: Kept, version: int | None) -> WeightUpdate:
         """Load `update` into all replicas as `version`, or as the next one. A pause lasts on.
@@ -282,8 +187,9 @@ class ReplicaSet:
         Returns once every replica that serves holds it; those that are restarting are waited for.
 
         Raises:
-            ApiError: 409 if the version is not newer than what has been served; 503 with what each replica said that
-                does not hold the weights. If another one does, it will be restarted with them.
+            VersionNotNewer: the version is not newer than what has been served.
+            WeightsNotLoaded: with what each replica said that does not hold the weights. If another one does, it will
+                be restarted with them.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._sync_seconds
@@ -304,13 +210,13 @@ class ReplicaSet:
     def _number(self, update: WeightUpdate, version: int | None) -> int:
         if version is None:
             if self._newest_tried >= MAX_VERSION:
-                raise _conflict(f"version {MAX_VERSION} was the last one that there is")
+                raise VersionNotNewer(f"version {MAX_VERSION} was the last one that there is")
             return self._newest_tried + 1
         self.check_version(version)
         known = self.update
         again = known is not None and (known.version, known.checksum) == (version, update.checksum)
         if version == self._newest_served and not again:
-            raise _conflict(f"version {version} has been served with other weights")
+            raise VersionNotNewer(f"version {version} has been served with other weights")
         return version
 
     async def _load_all(self, members: list[Member], update: WeightUpdate, kept: Kept) -> None:
@@ -323,10 +229,10 @@ class ReplicaSet:
                 self._restart_soon(member, f"did not load version {update.version} and is being restarted with it")
         if failed:
             reasons = "; ".join(f"replica {m.number}: {m.sync_error}" for m in failed)
-            raise ApiError(503, f"weights were not loaded: {reasons}", code="weight_sync_failed")
+            raise WeightsNotLoaded(f"weights were not loaded: {reasons}", may_come=False)
 
     async def _restarted(self, deadline: float, update: WeightUpdate) -> None:
-        """Wait for all that are restarting. Raises `ApiError`: 503, some are not back by the deadline, or none is."""
+        """Wait for all that are restarting. Raises `WeightsNotLoaded`: some are not back in time, or none is."""
         loop = asyncio.get_running_loop()
         while self._restarting and loop.time() < deadline:
             tasks = list(self._restarting.values())
@@ -335,9 +241,8 @@ class ReplicaSet:
         if not late and not self._running():
             late = self.members
         if late:
-            reasons = "; ".join(f"replica {member.number} {member.error}" for member in late)
-            what = f"version {update.version} is not everywhere"
-            raise ApiError(503, f"{what}: {reasons}", code="weight_sync_failed", headers={"Retry-After": "5"})
+            reasons = "; ".join(map(str, late))
+            raise WeightsNotLoaded(f"version {update.version} is not everywhere: {reasons}", may_come=True)
 
     async def _load(self, member: Member, update: WeightUpdate) -> None:
         loop = asyncio.get_running_loop()
@@ -408,13 +313,9 @@ class ReplicaSet:
         await asyncio.gather(*(m.replica.close() for m in self.members), return_exceptions=True)
 
 
-def _conflict(message: str) -> ApiError:
-    return ApiError(409, message, param="policy_version", code="version_not_newer")
-
-
 def _why(error: Exception, update: WeightUpdate) -> str:
     """Why weights were not loaded, for the operator: one line, without the path of the file."""
     if isinstance(error, TimeoutError):
         return "not within the deadline"
-    text = " ".join(str(error).replace(update.path, "the file").split())
+    text = " ".join(str(error).replace(update.place, "the file").split())
     return f"{type(error).__name__}: {text[:MAX_REASON_CHARACTERS]}"

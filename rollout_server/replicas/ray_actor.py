@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -15,12 +15,9 @@ from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.cores import threads_per_engine
-from rollout_server.replicas.pool import EngineFacts, ReplicaLost
+from rollout_server.engine.listener import Listener, PromptScores, TopLogprobs
+from rollout_server.replicas.replica import EngineFacts, ReplicaLost
 from rollout_server.replicas.use import EngineUse
-
-if TYPE_CHECKING:
-    from rollout_server.engine.rollback import Listener, TopLogprobs
-    from rollout_server.http.openai.entries import PromptScores
 
 log = logging.getLogger("e3rl.replicas")
 POLL_SECONDS = 5.0
@@ -32,28 +29,7 @@ Event = tuple[int, str, Any]
 """Key of the response, what happened, and its arguments."""
 
 
-class _Recorder:
-    """A listener that puts what it hears into the actor's outbox."""
-
-    def __init__(self, key: int, outbox: "_Outbox", wants_tokens: bool) -> None:
-        self.wants_tokens = wants_tokens
-        self._key = key
-        self._outbox = outbox
-
-    def sampled(self, token_ids: list[int], logprobs: "TopLogprobs | None") -> None:
-        self._outbox.put((self._key, "sampled", (token_ids, logprobs)))
-
-    def resumed(self, cached_tokens: int) -> None:
-        self._outbox.put((self._key, "resumed", (cached_tokens,)))
-
-    def judged(self, attempt: Attempt, final: bool) -> None:
-        self._outbox.put((self._key, "judged", (attempt, final)))
-
-    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
-        self._outbox.put((self._key, "restored", (attempt, kept, final)))
-
-
-class _Outbox:
+class EventQueue:
     """Events that wait to be fetched."""
 
     def __init__(self) -> None:
@@ -74,6 +50,27 @@ class _Outbox:
         return events
 
 
+class _Recorder:
+    """A listener that puts what it hears into the actor's outbox."""
+
+    def __init__(self, key: int, events: EventQueue, wants_tokens: bool) -> None:
+        self.wants_tokens = wants_tokens
+        self._key = key
+        self._events = events
+
+    def sampled(self, token_ids: list[int], logprobs: TopLogprobs | None) -> None:
+        self._events.put((self._key, "sampled", (token_ids, logprobs)))
+
+    def resumed(self, cached_tokens: int) -> None:
+        self._events.put((self._key, "resumed", (cached_tokens,)))
+
+    def judged(self, attempt: Attempt, final: bool) -> None:
+        self._events.put((self._key, "judged", (attempt, final)))
+
+    def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
+        self._events.put((self._key, "restored", (attempt, kept, final)))
+
+
 @ray.remote
 class ReplicaActor:
     """Runs a `LocalReplica` in a process of its own."""
@@ -83,27 +80,27 @@ class ReplicaActor:
 
         self._replica = LocalReplica(model, engine, version)
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._outbox = _Outbox()
+        self._events = EventQueue()
 
     async def start(self) -> EngineFacts:
         return await self._replica.start()
 
     async def submit(self, key: int, request: ResponseRequest, listens: bool, wants_tokens: bool) -> None:
         """Begin a response; how it goes on is among the events."""
-        listener = _Recorder(key, self._outbox, wants_tokens) if listens else None
+        listener = _Recorder(key, self._events, wants_tokens) if listens else None
         self._tasks[key] = asyncio.create_task(self._respond(key, request, listener))
 
     async def _respond(self, key: int, request: ResponseRequest, listener: _Recorder | None) -> None:
         try:
             trajectory = await self._replica.generate(request, listener)
         except Exception as error:
-            self._outbox.put((key, "failed", _portable(error)))
+            self._events.put((key, "failed", _portable(error)))
         else:
-            self._outbox.put((key, "finished", trajectory))
+            self._events.put((key, "finished", trajectory))
         finally:
             del self._tasks[key]
 
-    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> PromptScores:
         return await self._replica.score(prompt_token_ids, top, cache_salt)
 
     async def cancel(self, key: int) -> None:
@@ -114,7 +111,7 @@ class ReplicaActor:
 
     async def events(self, seconds: float) -> list[Event]:
         """What happened since the last call."""
-        return await self._outbox.take(seconds)
+        return await self._events.take(seconds)
 
     async def probe(self) -> EngineUse:
         return await self._replica.probe()
@@ -177,7 +174,7 @@ class RayReplica:
         self._polling = asyncio.create_task(self._poll())
         return facts
 
-    async def generate(self, request: ResponseRequest, listener: "Listener | None") -> Trajectory:
+    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory:
         if self._polling is None or self._polling.done():
             raise ReplicaLost(f"replica {self._number} is not running")
         key = next(self._keys)
@@ -221,7 +218,7 @@ class RayReplica:
         elif listener is not None:
             getattr(listener, name)(*value)
 
-    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> "PromptScores":
+    async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> PromptScores:
         if self._polling is None or self._polling.done():
             raise ReplicaLost(f"replica {self._number} is not running")
         scores: PromptScores = await self._call(self._actor.score.remote(prompt_token_ids, top, cache_salt))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config.run import EngineConfig, ModelConfig
+from common.packed import PackedResponse
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import ReplicaSync, WeightUpdate
+from rollout_server.replicas.packing import packed
 
 if TYPE_CHECKING:
     from rollout_server.engine.engine import ErasableEngine
@@ -33,9 +35,9 @@ class RolloutActor:
         self._engine = await ErasableEngine.start(model, engine, version=version)
         return os.getpid()
 
-    async def generate(self, requests: Sequence[ResponseRequest]) -> AsyncIterator[Trajectory]:
-        """Generate a group; yields each trajectory as it finishes. The first failure cancels the others."""
-        tasks = [asyncio.create_task(self._generate(request)) for request in requests]
+    async def generate(self, requests: Sequence[ResponseRequest]) -> AsyncIterator[PackedResponse]:
+        """Generate a group; yields each response as it finishes. The first failure cancels the others."""
+        tasks = [asyncio.create_task(self._packed(request)) for request in requests]
         try:
             for finished in asyncio.as_completed(tasks):
                 yield await finished
@@ -43,6 +45,9 @@ class RolloutActor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _packed(self, request: ResponseRequest) -> PackedResponse:
+        return packed(await self._generate(request), request, self._started().llm.get_tokenizer())
 
     async def _generate(self, request: ResponseRequest) -> Trajectory:
         engine = self._started()

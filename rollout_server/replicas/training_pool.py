@@ -12,7 +12,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from common.config.run import EngineConfig, RunConfig
 from common.out_of_memory import engine_advice, ran_out_of_memory
-from common.trajectory import ResponseRequest, Trajectory
+from common.packed import PackedResponse
+from common.trajectory import ResponseRequest
 from common.weights import ReplicaSync, SyncReport, WeightUpdate
 from rollout_server.engine.cores import chosen_threads, threads_per_engine
 from rollout_server.replicas.training_actor import RolloutActor
@@ -62,7 +63,7 @@ class RolloutPool:
         starts = [r.start.remote(config.model, engine, 0) for r in self._replicas]
         await self._all(starts, engine.start_seconds + SYNC_MARGIN_SECONDS, "start")
 
-    async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[Trajectory]:
+    async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
         """Generate all groups, each on the replica with the fewest responses under way.
 
         Responses may wait for places, however many they are. What is watched is a replica's progress.
@@ -70,7 +71,7 @@ class RolloutPool:
         Raises:
             ReplicaError: a replica failed, or finished none of its responses within `response_seconds`.
         """
-        finished: asyncio.Queue[Trajectory | asyncio.Task[None]] = asyncio.Queue()
+        finished: asyncio.Queue[PackedResponse | asyncio.Task[None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._generate_group(group, finished)) for group in groups]
         for task in tasks:
             task.add_done_callback(finished.put_nowait)
@@ -78,7 +79,7 @@ class RolloutPool:
         try:
             while unfinished:
                 item = await finished.get()
-                if isinstance(item, Trajectory):
+                if isinstance(item, PackedResponse):
                     yield item
                 else:
                     item.result()
@@ -89,7 +90,7 @@ class RolloutPool:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _generate_group(
-        self, group: Sequence[ResponseRequest], finished: "asyncio.Queue[Trajectory | asyncio.Task[None]]"
+        self, group: Sequence[ResponseRequest], finished: "asyncio.Queue[PackedResponse | asyncio.Task[None]]"
     ) -> None:
         number = self._outstanding.index(min(self._outstanding))
         if not self._outstanding[number]:
@@ -104,7 +105,7 @@ class RolloutPool:
         finally:
             self._outstanding[number] -= len(group)
 
-    async def _next(self, number: int, stream: Any, group_id: str) -> Trajectory:
+    async def _next(self, number: int, stream: Any, group_id: str) -> PackedResponse:
         """A group's next response, for which it may wait as long as its replica finishes others.
 
         Whether the engine has taken a response, or lets it wait for a place or for KV blocks, is not known here. But
@@ -121,9 +122,9 @@ class RolloutPool:
                         f"{seconds:g} s (rollout.engine.response_seconds), group {group_id} waits for one"
                     )
                 await asyncio.wait({waiting}, timeout=left)
-            trajectory = waiting.result()
+            response = waiting.result()
             self._progressed[number] = time.monotonic()
-            return trajectory
+            return response
         finally:
             if not waiting.done():
                 waiting.cancel()
@@ -185,9 +186,9 @@ def shared_out(state: Sequence[dict[str, Any]], replicas: int) -> list[dict[str,
     return [known | state[number % len(state)] for number in range(replicas)]
 
 
-async def _awaited(stream: Any) -> Trajectory:
-    trajectory: Trajectory = await (await anext(stream))
-    return trajectory
+async def _awaited(stream: Any) -> PackedResponse:
+    response: PackedResponse = await (await anext(stream))
+    return response
 
 
 async def _settled(call: Any) -> None:

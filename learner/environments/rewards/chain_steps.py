@@ -9,6 +9,8 @@ from learner.environments.tasks import chain
 class ChainRewards:
     """See `common.config.data.ChainReward`."""
 
+    reads_tokens = False
+
     async def start(self) -> Reading:
         return Reading(frozenset(), "prompt, response")
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
+
 from learner.environments.rewards.base import Reading, RewardItem
 from learner.environments.rewards.descriptions import described
 from learner.environments.rewards.worker_process import Loaded
@@ -41,6 +43,8 @@ def load_function(name: str, columns: Collection[str] | None) -> Loaded:
 
     def call(item: RewardItem) -> Any:
         offered = dict(item.row) | {key: getattr(item, key) for key in OFFERED}
+        if isinstance(item.token_ids, np.ndarray):
+            offered["token_ids"] = item.token_ids.tolist()
         first = [offered.pop(key) for key in IN_ORDER] if in_order else []
         # A column that a row of JSON lines lacks leaves a parameter at its default, or None.
         given = {key: offered.pop(key, None) for key, optional in named.items() if key in offered or not optional}
@@ -53,7 +57,9 @@ def load_function(name: str, columns: Collection[str] | None) -> Loaded:
     first = (f"{', '.join(IN_ORDER)} in this order",) if in_order else ()
     rest = ("all there is by name",) if takes_rest else ()
     reads_all = takes_rest or "row" in named
-    return Loaded(call, Reading(None if reads_all else own, ", ".join((*first, *named, *rest)) or "nothing"))
+    reads_tokens = takes_rest or "token_ids" in named
+    text = ", ".join((*first, *named, *rest)) or "nothing"
+    return Loaded(call, Reading(None if reads_all else own, text, reads_tokens))
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 
-from common.config.data import FunctionReward, MathReward
+from common.config.data import FunctionReward, MathReward, ReasoningGymReward
 from learner.environments.rewards.base import Reading, RewardError, RewardItem, Score, Tally
 from learner.environments.rewards.worker_process import Load
 from learner.environments.rewards.workers import WorkerPool
@@ -19,17 +19,19 @@ MOST_WORKERS = 8
 class WorkerRewards:
     """A reward function in worker processes. What is not ready in time, or fails, gets 0, is counted and logged."""
 
-    def __init__(self, load: Load, name: str, settings: MathReward | FunctionReward) -> None:
+    def __init__(self, load: Load, name: str, settings: MathReward | FunctionReward | ReasoningGymReward) -> None:
         self._name = name
         self._settings = settings
         workers = settings.workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         self._pool = WorkerPool(load, workers, settings.start_seconds)
+        self.reads_tokens = False
 
     async def start(self) -> Reading:
         outcome = await self._pool.start()
         if outcome.failure is not None:
             raise InputError(f"reward {self._name}: {outcome.message}")
         assert outcome.reading is not None
+        self.reads_tokens = outcome.reading.tokens
         return outcome.reading
 
     async def score(self, item: RewardItem) -> Score:

@@ -3,15 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from common.trajectory import Attempt, FinishReason, ResponseRequest, Trajectory
 from rollout_server.engine.detokenize import TextCursor
-from rollout_server.http.openai.entries import Entries, PromptScores
+from rollout_server.engine.listener import PromptScores, TopLogprobs
+from rollout_server.http.openai.entries import Entries
 from rollout_server.http.openai.segments import JudgedSegment
-
-if TYPE_CHECKING:
-    from rollout_server.engine.rollback import TopLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ class Choice:
             or self.options.top_logprobs is not None
         )
 
-    def sampled(self, token_ids: list[int], logprobs: "TopLogprobs | None") -> None:
+    def sampled(self, token_ids: list[int], logprobs: TopLogprobs | None) -> None:
         """Part of `Listener`."""
         if not self._sampling:
             self._sampling = True
@@ -206,7 +204,7 @@ class Choice:
                 self._emit(Chunk(text=text, token_ids=segment.token_ids[:taken], entries=entries))
         self._accept(segment, top)
 
-    def _accept(self, segment: JudgedSegment, top: "TopLogprobs") -> None:
+    def _accept(self, segment: JudgedSegment, top: TopLogprobs) -> None:
         """`top`: log-probs of the segment's tokens, if vLLM reported them."""
         self._erased.clear()
         self._under_way = Place(segment.index + 1, 0, segment.end)
@@ -218,7 +216,7 @@ class Choice:
         if self._segments_have_texts and self._uncut is None:
             segment.text = text
 
-    def _entries(self, segment: JudgedSegment, top: "TopLogprobs") -> Entries:
+    def _entries(self, segment: JudgedSegment, top: TopLogprobs) -> Entries:
         if self.options.top_logprobs is None:
             return Entries()
         return _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
@@ -324,7 +322,7 @@ def _same_place(one: Attempt, other: Attempt) -> bool:
     return (one.segment, one.attempt) == (other.segment, other.attempt)
 
 
-def _entries(token_ids: list[int], logprobs: "TopLogprobs | None", top: int | None) -> Entries:
+def _entries(token_ids: list[int], logprobs: TopLogprobs | None, top: int | None) -> Entries:
     entries = Entries()
     if logprobs is not None and top is not None:
         for token_id, known in zip(token_ids, logprobs, strict=False):

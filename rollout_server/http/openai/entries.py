@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Protocol
 
-PromptScores = list[dict[int, tuple[float, int]] | None]
-"""Of each token of a prompt: log-prob and rank of it, first, and of the likeliest ones; None for the first token."""
+from rollout_server.engine.listener import PromptScores
 
 
 class Rows(Protocol):

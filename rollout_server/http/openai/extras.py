@@ -6,7 +6,7 @@ from common.config.erasure import ErasurePolicy
 from common.trajectory import SamplingExtras
 from rollout_server.http.openai.errors import bad_request
 from rollout_server.http.openai.prompts import check_in_vocabulary
-from rollout_server.replicas.pool import EngineFacts
+from rollout_server.replicas.replica import EngineFacts
 
 MAX_SCORES = 500_000
 """Log-probs of prompts that one answer may hold: some 30 MiB of JSON."""

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rollout_server.engine.detokenize import Texts
-from rollout_server.http.openai.entries import Entries, PromptScores, Rows
+from rollout_server.engine.listener import PromptScores
+from rollout_server.http.openai.entries import Entries, Rows
 from rollout_server.http.openai.json_pieces import list_pieces
 
 LOWEST = -9999.0

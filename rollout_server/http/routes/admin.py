@@ -8,7 +8,7 @@ import torch
 from fastapi import FastAPI, Request
 
 from common.weights import WeightUpdate
-from rollout_server.http.openai.errors import ApiError, unavailable
+from rollout_server.http.openai.errors import ApiError
 from rollout_server.http.openai.openapi import errors, takes
 from rollout_server.http.openai.schema.service import (
     CacheReset,
@@ -24,9 +24,9 @@ from rollout_server.http.openai.schema.service import (
 from rollout_server.http.routes.base_app import base_app
 from rollout_server.http.routes.body import read_body
 from rollout_server.http.routes.service import Service
-from rollout_server.replicas.pool import Member, ReplicaLost
+from rollout_server.replicas.member import Member
 from rollout_server.weights.checkpoints import Shapes, prepare_update, tensor_shapes
-from rollout_server.weights.kept_weights import KeptWeights, remove_leftovers
+from rollout_server.weights.kept_weights import KeptWeights, remove_kept_leftovers
 
 
 class WeightLoader:
@@ -43,11 +43,15 @@ class WeightLoader:
         self._dtype = dtype
         self._kept: KeptWeights | None = None
         self._loading = asyncio.Lock()
-        remove_leftovers()
+        remove_kept_leftovers()
 
     async def load(self, request: SyncRequest) -> Synced:
-        """Raises `ApiError`: 400 for a directory that is no checkpoint of this model, 409 for a version that is not
-        newer, 503 if a replica failed."""
+        """Load a checkpoint.
+
+        Raises:
+            CheckpointRefused: the directory is no checkpoint of this model. NoRoom: it cannot be converted.
+            VersionNotNewer: for a version that has been served. WeightsNotLoaded: a replica failed.
+        """
         started = time.perf_counter()
         try:
             async with self._loading:
@@ -128,8 +132,6 @@ def admin_app(service: Service, loader: WeightLoader) -> FastAPI:
             return CacheReset(success=await service.replicas.reset_prefix_cache())
         except TimeoutError:
             raise ApiError(504, "the replicas did not answer in time", code="deadline_exceeded") from None
-        except ReplicaLost:
-            raise unavailable("a replica died") from None
 
     @app.post("/resume", responses=errors(503, 504), summary="Go on after a pause")
     async def resume(request: Request) -> PauseState:

@@ -13,13 +13,13 @@ from common.slices import joined
 from common.trajectory import ResponseRequest
 from common.weights import NonFiniteLogits
 from rollout_server.http.openai.encoders import Encoder
-from rollout_server.http.openai.errors import ApiError, bad_request, unavailable
+from rollout_server.http.openai.errors import ApiError, unavailable
 from rollout_server.http.routes.choices import Generation, MakeChoice
 from rollout_server.http.routes.service import Service
+from rollout_server.http.routes.translation import translated
 from rollout_server.http.server.admission import Admission
 from rollout_server.http.server.logs import FIELDS
 from rollout_server.http.server.middleware import REQUEST_ID, STARTED, send_error
-from rollout_server.replicas.pool import GenerationAborted, NoWeights, RequestRefused
 
 log = logging.getLogger("e3rl.http")
 LAST_WORDS_SECONDS = 2.0
@@ -172,15 +172,8 @@ async def _disconnect(receive: Receive) -> None:
 
 def _api_error(error: Exception, request_id: str) -> ApiError:
     """What the client is told; what it is not told goes to the log."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RequestRefused):
-        return bad_request(str(error))
-    if isinstance(error, NoWeights):
-        return unavailable("the last weight sync failed: there are no complete weights until one succeeds")
-    if isinstance(error, NonFiniteLogits):
-        return ApiError(500, str(error), code="non_finite_logits")
-    if isinstance(error, GenerationAborted):
-        return unavailable("the generation was aborted by the server")
+    answer = translated(error)
+    if answer is not None:
+        return answer
     log.error("generation failed", exc_info=error, extra={FIELDS: {"request_id": request_id}})
     return ApiError(500, f"internal error; the server's log has it under request id {request_id}", code="internal")

@@ -11,6 +11,7 @@ from rollout_server.http.openai.errors import ApiError, bad_request, of_status, 
 from rollout_server.http.openai.openapi import DescribedApp, Models, errors
 from rollout_server.http.openai.schema.service import Health
 from rollout_server.http.routes.service import Service
+from rollout_server.http.routes.translation import ANSWERS
 from rollout_server.http.server.guards import HeadAsGet, JsonOnly, LocalOnly
 from rollout_server.http.server.middleware import REQUEST_ID, Authenticate, LimitBody, Observe
 
@@ -44,6 +45,8 @@ def base_app(service: Service, title: str, description: str, bodies: Models, str
         app.add_middleware(LocalOnly)
     app.add_middleware(Observe, metrics=service.metrics, tracing=service.tracing)
     app.add_exception_handler(ApiError, _api_error)
+    for kind in ANSWERS:
+        app.add_exception_handler(kind, _api_error)
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected_error)
@@ -60,7 +63,7 @@ def _answer(error: ApiError) -> JSONResponse:
 
 
 async def _api_error(request: Request, error: Any) -> JSONResponse:
-    return _answer(error)
+    return _answer(error if isinstance(error, ApiError) else ANSWERS[type(error)](error))
 
 
 async def _framework_error(request: Request, error: Any) -> JSONResponse:

@@ -9,8 +9,11 @@ from common.slices import Slices, begun, ended
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import NonFiniteLogits
 from rollout_server.http.openai.choice import Choice, Chunk
-from rollout_server.http.openai.errors import ApiError, unavailable
-from rollout_server.replicas.pool import Member, ReplicaLost, ReplicaSet
+from rollout_server.http.openai.errors import unavailable
+from rollout_server.replicas.errors import NoReplicaReady
+from rollout_server.replicas.member import Member
+from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.replica import ReplicaLost
 
 log = logging.getLogger("e3rl.generation")
 RESUBMISSIONS = 3
@@ -28,7 +31,7 @@ class Generation:
 
     def __init__(
         self,
-        replicas: ReplicaSet,
+        replicas: Pool,
         make_choice: MakeChoice,
         generated: Callable[[], None],
         streams: bool,
@@ -76,7 +79,7 @@ class Generation:
         """Generate to the end.
 
         Raises:
-            ApiError: the first failure; the other responses are cancelled.
+            Exception: the first failure; the other responses are cancelled.
         """
         try:
             await self._start()
@@ -94,11 +97,11 @@ class Generation:
                 await self._wake.wait()
                 self._wake.clear()
                 fresh, self._fresh = self._fresh, {}
+                self._shown = self._shown or any(choice.chunks for choice in fresh.values())
                 batch = []
                 slices = Slices()
                 for choice in fresh.values():
                     batch += [(choice, chunk) for chunk in _joined(choice)]
-                    self._shown = self._shown or bool(batch)
                     await slices.turn()
                 if batch:
                     yield batch
@@ -176,8 +179,8 @@ class Generation:
         while True:
             try:
                 return self._replicas.choose(responses)
-            except ApiError:
-                if not resubmitted or all("could not be restarted" in (m.error or "") for m in self._replicas.members):
+            except NoReplicaReady as error:
+                if not resubmitted or error.final:
                     raise
             await asyncio.sleep(0.1)
 

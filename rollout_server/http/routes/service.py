@@ -22,7 +22,9 @@ from rollout_server.http.server.admission import Admission
 from rollout_server.http.server.metrics import ServerMetrics
 from rollout_server.http.server.settings import ServerSettings
 from rollout_server.http.server.tracing import Tracing
-from rollout_server.replicas.pool import EngineFacts, Member, ReplicaSet
+from rollout_server.replicas.member import Member
+from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.replica import EngineFacts
 
 log = logging.getLogger("e3rl.server")
 LAST_WORDS_SECONDS = 3.0
@@ -72,7 +74,7 @@ class Service:
     """
 
     def __init__(
-        self, settings: ServerSettings, replicas: ReplicaSet, tokenizer: Any, tracing: Tracing | None = None
+        self, settings: ServerSettings, replicas: Pool, tokenizer: Any, tracing: Tracing | None = None
     ) -> None:
         self.settings = settings
         self.replicas = replicas

@@ -59,7 +59,7 @@ def url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Listener(uvicorn.Server):
+class BoundServer(uvicorn.Server):
     """A uvicorn server on a bound socket; `accepting` is set once it listens."""
 
     def __init__(self, app: Any, sock: socket.socket, settings: ServerSettings) -> None:

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from rollout_server.http.routes.admin import admin_app
 from rollout_server.http.routes.public import public_app
 from rollout_server.http.server.command_line import UsageError
-from rollout_server.http.server.listeners import Listener, address, bind, bind_admin, url
+from rollout_server.http.server.listeners import BoundServer, address, bind, bind_admin, url
 from rollout_server.http.server.logs import configure
 from rollout_server.http.server.phases import Phases
 from rollout_server.http.server.serve import (
@@ -37,6 +37,12 @@ MAX_ONGOING = 100_000
 """Serve's own limit is out of the way: the endpoint's queue answers with 429 itself."""
 POLL_SECONDS = 0.2
 """How often Serve looks whether a replica that it stops still has requests."""
+FOR_SERVE = {
+    "port": "http_options.port",
+    "ray_address": "the cluster that the file is given to",
+    "serve": "always so",
+}
+"""Settings that a config file of Serve's has in another place."""
 
 
 class _Entrance:
@@ -66,7 +72,7 @@ class Endpoint:
         admin = bind_admin(settings)
         self._settings = settings
         self._service, self._loader = await start_service(settings, phases)
-        self._admin = Listener(admin_app(self._service, self._loader), admin, settings)
+        self._admin = BoundServer(admin_app(self._service, self._loader), admin, settings)
         self._serving = asyncio.create_task(self._admin.run_until_stopped())
         self._watching = asyncio.create_task(self._service.replicas.watch(WATCH_SECONDS))
         self._addresses = url(settings.host, settings.port), address(admin)
@@ -137,6 +143,25 @@ def _deploy(settings: ServerSettings) -> Any:
     serve.start(
         http_options={"host": settings.host, "port": settings.port, "request_timeout_s": settings.request_seconds + 30}
     )
+    return serve.run(_application(settings), name=DEPLOYMENT, route_prefix="/")
+
+
+def application(arguments: dict[str, Any]) -> serve.Application:
+    """The endpoint for a config file of Ray Serve, as `serve deploy` and KubeRay's RayService read it.
+
+    `arguments`, the file's `args`, are settings of the server; those that they leave out come from the environment.
+
+    Raises:
+        ValueError: a setting is wrong, or Serve's to decide.
+    """
+    for name, place in FOR_SERVE.items():
+        if name in arguments:
+            raise ValueError(f"args.{name}: with a config file of Ray Serve this is {place}")
+    settings = ServerSettings(**arguments)
+    return _application(settings.model_copy(update={"threads": engine_threads(settings)}))
+
+
+def _application(settings: ServerSettings) -> serve.Application:
     # Ray's own default is a thread for each CPU that an actor asks for.
     threads = {"OMP_NUM_THREADS": str(settings.threads)}
     resources: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": threads}}
@@ -150,7 +175,7 @@ def _deploy(settings: ServerSettings) -> Any:
     }
     # A type checker does not see what the decorators make of a class.
     deployment = cast(serve.Deployment, Endpoint).options(**options)
-    return serve.run(deployment.bind(settings), name=DEPLOYMENT, route_prefix="/")
+    return deployment.bind(settings)
 
 
 def _stop(settings: ServerSettings) -> None:

@@ -21,13 +21,14 @@ from rollout_server.http.routes.admin import WeightLoader, admin_app
 from rollout_server.http.routes.public import public_app
 from rollout_server.http.routes.service import Service
 from rollout_server.http.server.command_line import UsageError
-from rollout_server.http.server.listeners import Listener, address, bind
+from rollout_server.http.server.listeners import BoundServer, address, bind
 from rollout_server.http.server.logs import configure
 from rollout_server.http.server.model_files import read_model
 from rollout_server.http.server.phases import Phases
 from rollout_server.http.server.settings import ServerSettings
 from rollout_server.http.server.tracing import otlp_tracing
-from rollout_server.replicas.pool import Replica, ReplicaSet
+from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.replica import Replica
 
 log = logging.getLogger("e3rl.server")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -133,7 +134,7 @@ async def start_service(settings: ServerSettings, phases: Phases) -> tuple[Servi
         await asyncio.to_thread(model_sentinels, model_config)
     except NoSentinelsError as error:
         raise UsageError(str(error)) from error
-    replicas = ReplicaSet(
+    replicas = Pool(
         make_replicas(settings, model_config, engine_config, phases),
         start_seconds=settings.start_seconds,
         sync_seconds=settings.sync_seconds,
@@ -179,7 +180,10 @@ async def serve(settings: ServerSettings, phases: Phases) -> None:
         return
     service, loader = await starting
     stop_seconds = max(settings.shutdown_seconds, LEAST_SECONDS)
-    listeners = [Listener(public_app(service), public, settings), Listener(admin_app(service, loader), admin, settings)]
+    listeners = [
+        BoundServer(public_app(service), public, settings),
+        BoundServer(admin_app(service, loader), admin, settings),
+    ]
     running = [asyncio.create_task(listener.run_until_stopped()) for listener in listeners]
     watching = asyncio.create_task(service.replicas.watch(WATCH_SECONDS))
     ready = asyncio.create_task(_all_accepting(listeners))
@@ -215,7 +219,7 @@ def settle() -> None:
     gc.freeze()
 
 
-async def end_listeners(listeners: list[Listener], running: list[asyncio.Task[None]]) -> None:
+async def end_listeners(listeners: list[BoundServer], running: list[asyncio.Task[None]]) -> None:
     """Wait for connections to take the last of their answers, then end them."""
     _, left = await asyncio.wait(running, timeout=CONNECTION_SECONDS)
     for listener in listeners:
@@ -244,7 +248,7 @@ async def _wait(event: asyncio.Event) -> None:
     await event.wait()
 
 
-async def _all_accepting(listeners: list[Listener]) -> None:
+async def _all_accepting(listeners: list[BoundServer]) -> None:
     for listener in listeners:
         await listener.accepting.wait()
 

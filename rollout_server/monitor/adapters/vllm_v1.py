@@ -6,7 +6,7 @@ weights.
 """
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,11 +15,11 @@ import torch
 from transformers import AutoTokenizer
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from common.config.erasure import ErasurePolicy
 from common.orphans import end_with_parent
 from common.token_bytes import token_bytes
 from rollout_server.monitor import SegmentMonitor, SlotSpec
 from rollout_server.monitor.adapters.plain_rows import PlainRows
+from rollout_server.monitor.adapters.tables import GroupTable, StopTable
 from rollout_server.monitor.adjustments import Adjuster, Adjustments
 from rollout_server.monitor.records import Outbox
 from rollout_server.monitor.spec import Submission
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 LOGITS_PROCESSOR = "rollout_server.monitor.adapters.vllm_v1:SegmentMonitorProcessor"
-PRIORS_KEPT = 256
 DEPARTED_KEPT = 16
 """Ended requests whose slots are kept a while: one that is preempted before its sentinel is sampled comes back."""
 
@@ -53,27 +52,6 @@ class _Followed:
     seen: int = 0
     away: bool = False
     ended: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Statistics:
-    """Rows of a group's statistics and of the prior that they are folded into, with its decay."""
-
-    row: int
-    prior: int
-    decay: float
-
-
-@dataclass(slots=True)
-class _Group:
-    """Responses judged together and how many there are; `finished`: the last submissions of those that have finished.
-
-    `statistics`, by kind: only what is comparable is compared, so a group in which temperatures differ has several.
-    """
-
-    size: int
-    statistics: dict[str, "_Statistics"] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -128,13 +106,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._departed: deque[_Followed] = deque()
         self._resumed = 0
         self._step = 0
-        self._groups: dict[str, _Group] = {}
-        self._free_group_rows: list[int] = []
-        self._group_rows = 0
-        self._priors: OrderedDict[str, int] = OrderedDict()
-        self._stops: dict[tuple[int, ...], tuple[int, int]] = {}
-        """Tables of tokens that end responses: row, and how many submissions need it."""
-        self._free_stops: list[int] = []
+        self._groups = GroupTable(self._monitor)
+        self._stops = StopTable(self._monitor)
         end_with_parent()
 
     def is_argmax_invariant(self) -> bool:
@@ -188,7 +161,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
         """
         for uid, group in aborted:
             followed = self._followed.get(uid)
-            self._member_finished(group, uid)
+            self._groups.member_finished(group, uid)
             if followed is not None:
                 self._forget(followed)
 
@@ -209,13 +182,12 @@ class SegmentMonitorProcessor(LogitsProcessor):
 
     def priors(self) -> dict[str, list[list[float]]]:
         """The statistics of earlier groups, by kind of response: what a restarted engine would lack."""
-        return {key: self._monitor.prior(row) for key, row in self._priors.items()}
+        return self._groups.priors()
 
     @torch.inference_mode()
     def restore_priors(self, priors: dict[str, list[list[float]]]) -> None:
         """Take over what `priors` gave."""
-        for key, values in priors.items():
-            self._monitor.set_prior(self._prior_row(key), values)
+        self._groups.restore_priors(priors)
 
     def _build_rows(self, batch_size: int) -> _Rows:
         indices = sorted(self._batch)
@@ -260,7 +232,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 continue
             followed.ended = True
             if response_finished:
-                self._member_finished(followed.group, uid)
+                self._groups.member_finished(followed.group, uid)
             if followed.away:
                 self._depart(followed)
 
@@ -315,7 +287,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
 
     def _open(self, submission: Submission, output_ids: list[int]) -> _Followed:
         policy = submission.parsed_policy
-        statistics = self._statistics(submission, policy)
+        statistics = self._groups.enter(submission.group, submission.group_size, submission.kind, policy.prior_decay)
         if not self._free_slots:
             self._free_slots.append(self._slots)
             self._slots += 1
@@ -334,7 +306,7 @@ class SegmentMonitorProcessor(LogitsProcessor):
                 engine_temperature=submission.engine_temperature,
                 erasable=submission.erasable,
                 history=submission.parsed_history,
-                stops=self._take_stops(submission.stop_token_ids),
+                stops=self._stops.take(submission.stop_token_ids),
                 group=statistics.row,
                 prior=statistics.prior,
                 best=math.inf if submission.best is None else submission.best,
@@ -352,76 +324,12 @@ class SegmentMonitorProcessor(LogitsProcessor):
         self._followed[submission.uid] = followed
         return followed
 
-    def _statistics(self, submission: Submission, policy: ErasurePolicy) -> _Statistics:
-        """Where a response is counted; the first of a group and kind opens it."""
-        group = self._groups.setdefault(submission.group, _Group(submission.group_size))
-        statistics = group.statistics.get(submission.kind)
-        if statistics is None:
-            if not self._free_group_rows:
-                self._free_group_rows.append(self._group_rows)
-                self._group_rows += 1
-            row = self._free_group_rows.pop()
-            self._monitor.open_group(row)
-            statistics = _Statistics(row, self._prior_row(submission.kind), policy.prior_decay)
-            group.statistics[submission.kind] = statistics
-        return statistics
-
-    def _member_finished(self, name: str, uid: int) -> None:
-        """Count a response by its last submission: one may finish here and be reported as aborted too."""
-        group = self._groups.get(name)
-        if group is None:
-            return
-        group.finished.add(uid)
-        if len(group.finished) == group.size:
-            for statistics in group.statistics.values():
-                self._monitor.close_group(statistics.row, statistics.prior, statistics.decay)
-                self._free_group_rows.append(statistics.row)
-            del self._groups[name]
-
     def _forget(self, followed: _Followed) -> None:
         if self._followed.pop(followed.uid, None) is None:
             return
         self._monitor.close(followed.slot)
         self._free_slots.append(followed.slot)
-        self._give_stops_back(followed.stops)
-
-    def _prior_row(self, key: str) -> int:
-        """Row of the prior for responses of one kind; the one that was used least lately gives its row to a new one.
-
-        Not where a group that is open will be folded into it, or is judged by it: then there are more for a while.
-        """
-        if key in self._priors:
-            self._priors.move_to_end(key)
-            return self._priors[key]
-        row = len(self._priors)
-        if row >= PRIORS_KEPT:
-            in_use = {kind for group in self._groups.values() for kind in group.statistics}
-            oldest = next((kind for kind in self._priors if kind not in in_use), None)
-            row = row if oldest is None else self._priors.pop(oldest)
-        self._monitor.clear_prior(row)
-        self._priors[key] = row
-        return row
-
-    def _take_stops(self, token_ids: tuple[int, ...]) -> int:
-        """Row of a table of the tokens that end a response; it is theirs until it was given back as often as taken."""
-        if not token_ids:
-            return 0
-        row, uses = self._stops.get(token_ids, (None, 0))
-        if row is None:
-            replaced = self._free_stops.pop() if self._free_stops else None
-            row = self._monitor.add_token_table(torch.tensor(token_ids), replaced)
-        self._stops[token_ids] = row, uses + 1
-        return row
-
-    def _give_stops_back(self, token_ids: tuple[int, ...]) -> None:
-        if not token_ids:
-            return
-        row, uses = self._stops[token_ids]
-        if uses > 1:
-            self._stops[token_ids] = row, uses - 1
-        else:
-            del self._stops[token_ids]
-            self._free_stops.append(row)
+        self._stops.give_back(followed.stops)
 
 
 def _tensor(numbers: list[int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from common.config import ErasurePolicy, FixedSegmentation
 from common.trajectory import Attempt, ResponseRequest
-from rollout_server.engine.engine import PromptTooLong
+from rollout_server.engine.errors import PromptTooLong
 from rollout_server.monitor.spec import statistics_kind
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
 from tests.models import tiny_qwen3

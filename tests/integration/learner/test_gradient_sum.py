@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.config.run import RunConfig
-from learner.objectives.clipped import ObjectiveInputs, compute_objective
+from learner.objectives import ObjectiveInputs, compute_objective
 from learner.policy.batching import collate, rank_batches, split_minibatches
 from learner.policy.model import load_policy, response_logprobs
 from tests.configs import run_config

@@ -21,14 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import metrics
 from common.config.run import AdvantageConfig, RunConfig
-from common.trajectory import Group, Trajectory
-from common.weights import weight_checksum
-from learner.objectives.clipped import MinibatchTotals, ObjectiveInputs, compute_objective
+from common.packed import Group
+from common.trajectory import Trajectory
+from common.weights import HostUpdate, weights_checksum
+from learner.objectives import GapHistogram, MinibatchTotals, ObjectiveInputs, compute_objective
 from learner.policy.batching import collate, split_minibatches
 from learner.policy.group import LearnerError, LearnerGroup
 from learner.policy.model import load_policy, response_logprobs
 from tests.models import tiny_llama, tiny_qwen3
-from tests.trajectories import random_groups, recorded_near
+from tests.trajectories import changed, random_groups, recorded_near, with_rewards
 
 STEPS = 3
 WARMUP = 2
@@ -121,24 +122,31 @@ def plain_training(config: RunConfig, batches: list[list[Group]]) -> Reference:
     reference = Reference([], [], [], policy)
     for step, groups in enumerate(batches):
         losses, norms = [], []
-        parts = split_minibatches(
-            groups, config.learner.advantage, config.learner.minibatches_per_step, config.seed, step
-        )
-        for index, part in enumerate(parts):
+        learner, gaps = config.learner, GapHistogram()
+        parts = split_minibatches(groups, learner.advantage, learner.minibatches_per_step, config.seed, step)
+        recomputes = learner.old_logprobs == "recomputed"
+        with torch.no_grad():
+            starts = [response_logprobs(policy, collate(part)) if recomputes else None for part in parts]
+        for index, (part, old) in enumerate(zip(parts, starts, strict=True)):
             batch = collate(part)
             inputs = ObjectiveInputs(
-                response_logprobs(policy, batch), batch.behaviour_logprobs, batch.advantages, batch.mask
+                response_logprobs(policy, batch),
+                batch.behaviour_logprobs,
+                batch.advantages,
+                batch.mask,
+                old_logprobs=old,
             )
             totals = MinibatchTotals(len(part), sum(s.response_length for s in part))
-            loss, statistics = compute_objective(config.learner.objective, inputs, totals)
-            if index == 0:
-                reference.gaps.append(statistics.gap_sum / statistics.tokens)
+            loss, statistics = compute_objective(learner.objective, inputs, totals, learner.importance_sampling)
+            if index == 0 or recomputes:
+                gaps.add(statistics.gaps)
             optimizer.zero_grad()
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_gradient_norm)))
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
+        reference.gaps.append(gaps.mean)
         reference.losses.append(sum(losses) / len(losses))
         reference.norms.append(sum(norms) / len(norms))
     return reference
@@ -153,13 +161,21 @@ class Trained:
     logs: Path
 
 
-@pytest.fixture(scope="module", params=[(0, "tied"), (1, "untied"), (2, "untied"), (3, "tied")])
+TOKEN_WEIGHTS = {"importance_sampling": {"kind": "token", "cap": 1.1}}
+SEQUENCE_WEIGHTS = {"importance_sampling": {"kind": "sequence", "cap": 1.2, "outliers": "mask"}}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(0, "tied", {}), (1, "untied", SEQUENCE_WEIGHTS), (2, "untied", {}), (3, "tied", TOKEN_WEIGHTS)],
+    ids=["0-tied", "1-untied-sequence", "2-untied", "3-tied-token"],
+)
 def trained(
     request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Trained]:
     """Two ranks after three steps."""
-    stage, family = request.param
-    config = run_config(models[family], ranks=2, zero_stage=stage)
+    stage, family, weights = request.param
+    config = run_config(models[family], ranks=2, zero_stage=stage, **weights)
     batches = rollouts(config, STEPS)
     logs = tmp_path_factory.mktemp("log")
     group = LearnerGroup(config, logs)
@@ -182,21 +198,25 @@ def test_two_zero_ranks_train_as_plain_adamw_does(trained: Trained) -> None:
     gaps = [step[metrics.LOGPROB_GAP_MEAN] for step in trained.steps]
     assert gaps == pytest.approx(reference.gaps, abs=1e-5)
     assert all(step[metrics.LOGPROB_GAP_MAX] >= gap > 0.0 for step, gap in zip(trained.steps, gaps, strict=True))
+    if trained.config.learner.importance_sampling.kind != "none":
+        assert all(0.0 < step[metrics.IMPORTANCE_OUTLIER_SHARE] < 1.0 for step in trained.steps)
 
 
 def test_exported_weights_are_transformers_state_dict(trained: Trained, tmp_path: Path) -> None:
     async def export() -> dict[str, torch.Tensor]:
-        update = await trained.group.export_weights(3)
-        weights = load_file(update.path)
-        assert (update.version, update.backend) == (3, "host")
+        async with trained.group.publishing(2) as before:
+            assert isinstance(before, HostUpdate)
+        async with trained.group.publishing(3) as update:
+            assert isinstance(update, HostUpdate)
+            weights = load_file(update.path)
+            # Not every replica holds the newer one yet.
+            assert load_file(before.path).keys() == weights.keys()
+        assert update.version == 3
         assert update.bytes == sum(w.numel() * w.element_size() for w in weights.values())
-        assert update.checksum == weight_checksum(weights.values())
-        name, tensor = next(iter(weights.items()))
-        changed = tensor.clone()
-        changed.view(-1)[7] += 1e-6
-        assert update.checksum != weight_checksum((weights | {name: changed}).values())
-        await trained.group.release_weights(update)
-        assert not Path(update.path).exists()
+        assert update.checksum == weights_checksum(weights)
+        # A replica that restarts reads it once more.
+        assert Path(update.path).exists()
+        assert not Path(before.path).exists()
         await trained.group.export_huggingface(tmp_path / "model")
         return weights
 
@@ -245,9 +265,9 @@ def impossible(group: Group) -> Group:
             attempt.model_copy(update={"behaviour_logprobs": [-1000.0] * len(attempt.token_ids)})
             for attempt in trajectory.attempts
         ]
-        return trajectory.model_copy(update={"attempts": attempts}, deep=True)
+        return trajectory.model_copy(update={"attempts": attempts})
 
-    return group.model_copy(update={"trajectories": [spoilt(t) for t in group.trajectories]})
+    return changed(group, spoilt)
 
 
 def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
@@ -260,9 +280,8 @@ def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_pa
         return [await group.train_step(batches[step], step) for step in steps]
 
     async def checksum(group: LearnerGroup) -> str:
-        update = await group.export_weights(4)
-        await group.release_weights(update)
-        return update.checksum
+        async with group.publishing(4) as update:
+            return update.checksum
 
     async def both() -> None:
         whole = LearnerGroup(config, tmp_path / "log")
@@ -296,25 +315,27 @@ def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_pa
 
 def weight_files() -> set[Path]:
     directories = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    return set(itertools.chain.from_iterable(d.glob("e3rl-learner-test-*") for d in directories))
+    return set(itertools.chain.from_iterable(d.glob("e3rl-weights-*/*") for d in directories))
 
 
 def _all_alike(group: Group) -> Group:
-    return group.model_copy(update={"trajectories": [t.model_copy(update={"reward": 1.0}) for t in group.trajectories]})
+    return with_rewards(group, [1.0] * len(group.trajectories))
 
 
 def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path], tmp_path: Path) -> None:
     config = run_config(models["tied"], ranks=2, zero_stage=3)
     (groups,) = rollouts(config, 1)
-    stale = Path(tempfile.gettempdir()) / "e3rl-learner-test-999999999-weights-v1.safetensors"
-    stale.touch()
+    abandoned = Path(tempfile.gettempdir()) / "e3rl-weights-abandoned"
+    abandoned.mkdir(exist_ok=True)
+    before = weight_files()
 
     async def lose_a_rank() -> None:
         group = LearnerGroup(config, tmp_path)
         await group.start()
-        assert not stale.exists()
-        update = await group.export_weights(1)
-        assert Path(update.path) in weight_files()
+        async with group.publishing(1) as update:
+            assert isinstance(update, HostUpdate)
+            assert Path(update.path) in weight_files()
+        assert not abandoned.exists()
         # Nothing to learn from: no rank runs a response, and all of them stay in step.
         metrics_of_nothing = await group.train_step([_all_alike(g) for g in groups], 0)
         assert metrics_of_nothing[metrics.LOSS] == metrics_of_nothing[metrics.GRADIENT_NORM] == 0.0
@@ -330,14 +351,14 @@ def test_a_dead_rank_is_named_at_once_and_leaves_no_files(models: dict[str, Path
         await group.close()
 
     asyncio.run(lose_a_rank())
-    assert not weight_files()
+    assert weight_files() <= before
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 class Silent:
     """A rank that never answers."""
 
-    def export_weights(self, file_name: str) -> None:
+    def begin_publishing(self, version: int) -> None:
         threading.Event().wait()
 
 
@@ -347,13 +368,13 @@ def test_a_wait_that_expires_names_what_it_waited_for_and_for_how_long(models: d
     group = LearnerGroup(config, tmp_path)
 
     async def wait() -> None:
-        with pytest.raises(LearnerError, match="exporting weights version 1: the learner is not started"):
-            await group.export_weights(1)
+        with pytest.raises(LearnerError, match="publishing weights version 1: the learner is not started"):
+            await group.publishing(1).__aenter__()
         group._ranks = [ray.remote(Silent).remote()]
         with pytest.raises(
-            LearnerError, match=r"exporting weights version 1: no answer from learner rank 0 within 0\.5 s"
+            LearnerError, match=r"publishing weights version 1: no answer from learner rank 0 within 0\.5 s"
         ):
-            await group.export_weights(1)
+            await group.publishing(1).__aenter__()
         await group.close()
 
     asyncio.run(wait())
@@ -378,8 +399,7 @@ def test_an_advantage_that_can_t_be_computed_is_raised_here_and_breaks_nothing(
 ) -> None:
     config = run_config(models["tied"])
     (groups,) = rollouts(config, 1)
-    rewardless = groups[0].trajectories[0].model_copy(update={"reward": None})
-    broken = groups[0].model_copy(update={"trajectories": [rewardless, *groups[0].trajectories[1:]]})
+    broken = with_rewards(groups[0], [None, *(t.reward for t in groups[0].trajectories[1:])])
     group = LearnerGroup(config, tmp_path)
     with pytest.raises(ValueError, match="response 0 to prompt 'p0' has no reward"):
         asyncio.run(group.train_step([broken], 0))

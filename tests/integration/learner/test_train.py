@@ -133,7 +133,7 @@ def test_a_run_leaves_metrics_report_plots_trajectories_and_a_model(whole: Path)
     metrics = lines(whole)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     for line in metrics:
-        assert line.keys() == names.ALL - {names.KL}
+        assert line.keys() == names.ALL - names.OPTIONAL
         assert line[names.GENERATED_TOKENS] >= line[names.ERASED_TOKENS] >= 0
         assert line[names.POLICY_VERSION] == line["step"]
         parts = (names.ROLLOUT_SECONDS, names.TRAIN_SECONDS, names.SYNC_SECONDS, names.OTHER_SECONDS)

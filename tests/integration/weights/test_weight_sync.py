@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from common.config import EngineConfig, ErasurePolicy, FixedSegmentation, ModelConfig
 from common.trajectory import ResponseRequest, Trajectory
-from common.weights import NonFiniteLogits, WeightUpdate, weight_checksum
+from common.weights import DiskUpdate, NonFiniteLogits, weights_checksum
 from rollout_server.engine import engine as engine_module
-from rollout_server.engine.engine import EngineClosed, ErasableEngine, WeightSyncError
+from rollout_server.engine.engine import ErasableEngine
+from rollout_server.engine.errors import EngineClosed, WeightSyncError
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
 from tests.models import tiny_llama, tiny_qwen3
 
@@ -26,17 +27,19 @@ POLICY = ErasurePolicy(segmentation=FixedSegmentation(length=8), kappa=0.0, max_
 DEADLINE = 60.0
 
 
-def update_from(checkpoint: Path, version: int, directory: Path, checksum: str | None = None) -> WeightUpdate:
+def update_from(checkpoint: Path, version: int, directory: Path) -> DiskUpdate:
     """What a learner would send of the weights in a Hugging Face directory; tied heads are left out."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    path = directory / f"weights-{version}.safetensors"
+    return update_of(tensors, version, directory / f"weights-{version}.safetensors")
+
+
+def update_of(tensors: dict[str, torch.Tensor], version: int, path: Path) -> DiskUpdate:
     save_file(tensors, path)
-    return WeightUpdate(
+    return DiskUpdate(
         version=version,
-        backend="host",
         path=str(path),
-        checksum=checksum or weight_checksum(tensors.values()),
+        checksum=weights_checksum(tensors),
         bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
     )
 
@@ -181,23 +184,19 @@ def test_a_file_that_ends_half_way_is_no_hindrance_to_the_next(synced: Synced, t
     good = update_from(synced.checkpoints[3], 14, tmp_path)
     tensors = load_file(good.path)
     shrunk = sorted(tensors)[-1]
-    save_file({**tensors, shrunk: tensors[shrunk][:1].clone()}, tmp_path / "shrunk.safetensors")
+    bad = update_of({**tensors, shrunk: tensors[shrunk][:1].clone()}, 14, tmp_path / "shrunk.safetensors")
     with pytest.raises(WeightSyncError):
-        engine.run(engine.engine.sync(good.model_copy(update={"path": str(tmp_path / "shrunk.safetensors")}), DEADLINE))
+        engine.run(engine.engine.sync(bad, DEADLINE))
     engine.run(engine.engine.sync(good, DEADLINE))
     assert_log_probs(engine.generate(requests()), ReferenceModel(synced.checkpoints[3]))
 
 
 def changed(
-    update: WeightUpdate, version: int, directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]
-) -> WeightUpdate:
+    update: DiskUpdate, version: int, directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> DiskUpdate:
     """Another update, whose tensors `change` makes of those of `update`."""
     tensors = {name: change(name, tensor).contiguous() for name, tensor in load_file(update.path).items()}
-    path = directory / f"changed-{version}.safetensors"
-    save_file(tensors, path)
-    return update.model_copy(
-        update={"version": version, "path": str(path), "checksum": weight_checksum(tensors.values())}
-    )
+    return update_of(tensors, version, directory / f"changed-{version}.safetensors")
 
 
 def everyones(engine: RunningEngine, seed: int, **common: Any) -> list[Trajectory | NonFiniteLogits]:

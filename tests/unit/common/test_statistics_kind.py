@@ -24,6 +24,7 @@ SAME: dict[str, Any] = {
     "max_tokens": 99,
     "top_logprobs": 5,
     "erasable": False,
+    "attempt_texts": True,
     "resume_from": [attempt_of([1], segment=0, start=0)],
 }
 """Another value of each field of a request that leaves the kind as it is."""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from rollout_server.replicas.pool import ReplicaLost
+from rollout_server.replicas.replica import ReplicaLost
 from tests.stub_replica import StubReplica, StubServer, erasing_server, saying, until
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rollout_server.http.server import protocol
-from rollout_server.http.server.listeners import Listener, bind
+from rollout_server.http.server.listeners import BoundServer, bind
 from tests.stub_replica import ERASING, StubReplica, StubServer, saying, until
 
 TYPE = "content-type: application/json\r\n"
@@ -51,7 +51,7 @@ async def listening(replica: StubReplica | None = None, **settings: Any) -> Asyn
     async with asyncio.timeout(20.0), StubServer(replica, port=0, admin_port=0, **settings) as server:
         public, admin = bind(server.settings)
         admin.close()
-        listener = Listener(server.app, public, server.settings)
+        listener = BoundServer(server.app, public, server.settings)
         running = asyncio.create_task(listener.run_until_stopped())
         await listener.accepting.wait()
 

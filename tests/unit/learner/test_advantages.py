@@ -1,22 +1,28 @@
 """Advantages against independent recomputations of `algorithm.md`, section 6."""
 
 import statistics
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from common.config.run import AdvantageConfig, UncertaintyCredit, UniformCredit
-from common.trajectory import Trajectory
-from learner.credit.advantages import group_advantages, segment_weights, token_advantages
+from common.packed import PackedResponse, pack, unpack
+from learner.credit.advantages import group_advantages, segment_weights
 from tests.trajectories import attempt, random_trajectory, trajectory
 
 GRPO = AdvantageConfig(credit=UniformCredit(), normalise="sequence")
 
 
-def group(rewards: list[float], *, segments: int = 3, seed: int = 0) -> list[Trajectory]:
+def group(rewards: list[float], *, segments: int = 3, seed: int = 0) -> list[PackedResponse]:
     rng = np.random.default_rng(seed)
-    return [random_trajectory(rng, sample=i, reward=reward, segments=segments) for i, reward in enumerate(rewards)]
+    members = [random_trajectory(rng, sample=i, reward=reward, segments=segments) for i, reward in enumerate(rewards)]
+    return [pack(member) for member in members]
+
+
+def token_advantages(response: PackedResponse, segments: Any) -> Any:
+    return np.repeat(segments, [len(a.token_ids) for a in unpack(response).accepted])
 
 
 def test_uniform_sequence_credit_is_grpo_s_advantage() -> None:
@@ -33,11 +39,11 @@ def test_uniform_sequence_credit_is_grpo_s_advantage() -> None:
 def test_uncertainty_weights_follow_the_formula_and_average_to_one_over_tokens() -> None:
     credit = UncertaintyCredit(offset=0.2, low=0.5, high=1.5)
     members = group([1.0, 0.0, 1.0, 0.0], seed=3)
-    uncertainties = [[a.judgement.uncertainty for a in m.accepted if a.judgement] for m in members]
+    uncertainties = [[a.judgement.uncertainty for a in unpack(m).accepted if a.judgement] for m in members]
     mean = statistics.fmean(u for row in uncertainties for u in row)
     raw = [[min(max((u + 0.2) / (mean + 0.2), 0.5), 1.5) for u in row] for row in uncertainties]
     assert any(w in (0.5, 1.5) for row in raw for w in row)
-    lengths = [[len(a.token_ids) for a in m.accepted] for m in members]
+    lengths = [[len(a.token_ids) for a in unpack(m).accepted] for m in members]
     pairs = [(w, n) for ws, ns in zip(raw, lengths, strict=True) for w, n in zip(ws, ns, strict=True)]
     scale = sum(n for _, n in pairs) / sum(w * n for w, n in pairs)
     weights = segment_weights(credit, members)
@@ -60,7 +66,7 @@ def test_segment_normalisation_compares_the_responses_that_have_the_segment() ->
     rng = np.random.default_rng(5)
     rewards, counts = [1.0, 0.0, 0.5], [3, 2, 1]
     members = [
-        random_trajectory(rng, sample=i, reward=r, segments=n)
+        pack(random_trajectory(rng, sample=i, reward=r, segments=n))
         for i, (r, n) in enumerate(zip(rewards, counts, strict=True))
     ]
     config = AdvantageConfig(credit=UncertaintyCredit(), normalise="segment", epsilon=1e-3)
@@ -102,7 +108,7 @@ def test_a_response_without_reward_or_judgement_is_refused_by_name() -> None:
     rng = np.random.default_rng(0)
     plain = [attempt(rng, 0, 0, 3)]
     with pytest.raises(ValueError, match="response 1 to prompt 'p0' has no reward"):
-        group_advantages([trajectory(plain, reward=1.0), trajectory(plain, reward=None, sample=1)], GRPO)
-    members = [trajectory(plain, reward=1.0), trajectory(plain, reward=0.0, sample=1)]
+        group_advantages([pack(trajectory(plain, reward=1.0)), pack(trajectory(plain, reward=None, sample=1))], GRPO)
+    members = [pack(trajectory(plain, reward=1.0)), pack(trajectory(plain, reward=0.0, sample=1))]
     with pytest.raises(ValueError, match="segment 0 of response 0 to prompt 'p0' was generated without a monitor"):
         group_advantages(members, AdvantageConfig(credit=UncertaintyCredit()))

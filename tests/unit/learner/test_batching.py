@@ -1,31 +1,37 @@
 """Batching: nothing lost, budgets kept, ranks in step, little padding."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config.run import AdvantageConfig, UniformCredit
+from common.config.run import AdvantageConfig, UncertaintyCredit, UniformCredit
+from common.packed import Group, TokenArrays, pack
+from learner.credit.advantages import group_advantages
 from learner.policy.batching import (
-    TrainingSample,
+    MicroBatch,
     collate,
     plan_microbatches,
     rank_batches,
-    response_samples,
     split_minibatches,
     token_counts,
+    with_tokens,
 )
-from tests.trajectories import PROMPT_TOKENS, attempt, random_groups, trajectory
+from learner.policy.samples import TrainingSample, response_samples
+from tests.trajectories import PROMPT_TOKENS, attempt, attempt_of, random_groups, trajectory, unpacked
 
 UNIFORM = AdvantageConfig(credit=UniformCredit())
 WITH_ERASED = AdvantageConfig(credit=UniformCredit(), erased_weight=0.5)
 
 
 def sample(length: int, context: int = 1) -> TrainingSample:
-    rest = np.zeros(length - context)
-    return TrainingSample(np.arange(length), context, rest, rest + 1.0, rest)
+    response = pack(trajectory([attempt_of(range(length - context), segment=0, start=0)], reward=None))
+    (planned,) = response_samples([replace(response, reward=0.0, prompt_tokens=context)], UNIFORM)[0]
+    return planned
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,7 +84,7 @@ def test_a_minibatch_s_totals_are_the_same_on_every_rank() -> None:
 
 def test_minibatches_keep_groups_whole_and_follow_from_seed_and_step() -> None:
     groups = random_groups(0, 5, 3)
-    owner = {tuple(t.prompt_token_ids + t.token_ids): g for g, group in enumerate(groups) for t in group.trajectories}
+    owner = {tuple(t.prompt_token_ids + t.token_ids): g for g, group in enumerate(groups) for t in unpacked(group)}
 
     def owners(seed: int, step: int) -> list[list[int]]:
         parts = split_minibatches(groups, UNIFORM, 2, seed, step)
@@ -104,8 +110,8 @@ def test_erased_attempts_follow_their_own_prefix_and_carry_only_their_own_loss()
     second = attempt(rng, 1, 3, 2, number=1)
     third = attempt(rng, 2, 5, 2)
     members = [
-        trajectory([first, erased, second, third], reward=1.0),
-        trajectory([attempt(rng, 0, 0, 5)], reward=0.0, sample=1),
+        pack(trajectory([first, erased, second, third], reward=1.0)),
+        pack(trajectory([attempt(rng, 0, 0, 5)], reward=0.0, sample=1)),
     ]
     committed, negative = response_samples(members, WITH_ERASED)[0]
     assert committed.token_ids.tolist() == [
@@ -137,6 +143,87 @@ def test_collating_aligns_every_value_with_the_token_it_belongs_to() -> None:
             np.testing.assert_allclose(values[row][mask].numpy(), expected, rtol=1e-6)
         start = int(mask.nonzero()[0, 0]) + batch.first + 1
         assert start == one.context_length
+
+
+def collated_from_lists(groups: list[Group], config: AdvantageConfig, order: list[int]) -> MicroBatch:
+    """The same batch from lists, a token at a time, in float64 until the end."""
+    sequences: list[tuple[list[int], int, list[tuple[float, float, float]]]] = []
+    for group in groups:
+        advantages = group_advantages(group.trajectories, config)
+        for t, segments in zip(unpacked(group), advantages.segments, strict=True):
+            values: list[tuple[float, float, float]] = []
+            for a, advantage in zip(t.accepted, segments.tolist(), strict=True):
+                values += [(b, a.temperature, advantage) for b in a.behaviour_logprobs]
+            sequences.append((t.prompt_token_ids + t.token_ids, len(t.prompt_token_ids), values))
+            for a in t.attempts if advantages.erased else ():
+                if a.verdict == "erased":
+                    kept = [x for other in t.accepted if other.segment < a.segment for x in other.token_ids]
+                    context = t.prompt_token_ids + kept
+                    values = [(b, a.temperature, advantages.erased) for b in a.behaviour_logprobs]
+                    sequences.append((context + a.token_ids, len(context), values))
+    chosen = [sequences[i] for i in order]
+    width, first = max(len(s[0]) for s in chosen), min(s[1] for s in chosen) - 1
+    tokens = torch.zeros((len(chosen), width), dtype=torch.int64)
+    mask = torch.zeros((len(chosen), width), dtype=torch.bool)
+    columns = torch.zeros((3, len(chosen), width), dtype=torch.float64)
+    columns[1] = 1.0
+    for row, (ids, context, values) in enumerate(chosen):
+        for place, token in enumerate(ids):
+            tokens[row, place] = token
+        for place, value in enumerate(values):
+            mask[row, context + place] = True
+            columns[:, row, context + place] = torch.tensor(value, dtype=torch.float64)
+    behaviour, temperatures, advantages_ = columns[:, :, first + 1 :].float()
+    return MicroBatch(tokens, first, tokens[:, first + 1 :], mask[:, first + 1 :], behaviour, temperatures, advantages_)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), erased_weight=st.sampled_from([0.0, 0.5]), as_references=st.booleans())
+def test_batches_are_those_of_lists_bit_for_bit(seed: int, erased_weight: float, as_references: bool) -> None:
+    config = AdvantageConfig(credit=UncertaintyCredit(), normalise="segment", erased_weight=erased_weight)
+    groups = random_groups(seed, 2, 3)
+    if as_references:
+        elsewhere = [replace(t, tokens=None, reference=t.arrays) for g in groups for t in g.trajectories]
+        given_groups = [Group(g.prompt, elsewhere[3 * i : 3 * i + 3]) for i, g in enumerate(groups)]
+    else:
+        given_groups = groups
+    samples = [s for g in given_groups for own in response_samples(g.trajectories, config) for s in own]
+    order = np.random.default_rng(seed).permutation(len(samples)).tolist()
+    ours, expected = collate([samples[i] for i in order]), collated_from_lists(groups, config, order)
+    assert ours.first == expected.first
+    for field in ("token_ids", "targets", "mask", "behaviour_logprobs", "temperatures", "advantages"):
+        assert torch.equal(getattr(ours, field), getattr(expected, field)), field
+
+
+def test_each_response_s_arrays_are_fetched_once_for_all_its_samples() -> None:
+    groups = random_groups(2, 2, 4)
+    store = {f"ref {g} {t.sample}": t.arrays for g, group in enumerate(groups) for t in group.trajectories}
+    for g, group in enumerate(groups):
+        for t in group.trajectories:
+            t.tokens, t.reference = None, f"ref {g} {t.sample}"
+    (part,) = split_minibatches(groups, WITH_ERASED, 1, 0, 0)
+    assert len(part) > 8
+    calls: list[list[str]] = []
+
+    def fetch(references: list[str]) -> list[TokenArrays]:
+        calls.append(references)
+        return [store[reference] for reference in references]
+
+    # Planning needs lengths alone; each rank fetches what is its own.
+    batches = rank_batches(part, 2, 64)
+    for batch in batches:
+        (filled,) = with_tokens([batch], fetch)
+        for before, after in zip(batch.microbatches, filled.microbatches, strict=True):
+            assert [len(s.token_ids) for s in after] == [len(s) for s in before]
+    assert all(len(set(references)) == len(references) for references in calls)
+    assert {r for references in calls for r in references} == store.keys()
+
+
+def test_a_response_without_a_monitor_cannot_be_trained_on() -> None:
+    plain = attempt_of([1, 2], segment=0, start=0).model_copy(update={"behaviour_logprobs": []})
+    members = [pack(trajectory([plain], reward=float(n), sample=n)) for n in range(2)]
+    with pytest.raises(ValueError, match="response 0 to prompt 'p0' has no behaviour log-probs"):
+        response_samples(members, UNIFORM)
 
 
 def test_an_empty_microbatch_predicts_nothing() -> None:

@@ -64,7 +64,7 @@ class Run:
         display = Display(sys.stdout)
         # The driver calls nothing of a LearnerGroup that a FakeLearner does not have.
         parts = Parts(rollouts, cast(LearnerGroup, learner), ChainRewards())
-        problems = Problems(stream, sets["test"], TOKENIZER)
+        problems = Problems(stream, sets["test"])
         self.driver = Driver(settings, self.directory, state, parts, problems, self.record, display)
 
     def go(self) -> None:
@@ -379,15 +379,15 @@ def test_a_failure_names_its_part_and_keeps_the_last_finished_step(
 def test_a_full_disk_during_a_run_keeps_everything_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from learner.run import trajectory_files
 
-    original = trajectory_files.parquet.write_table
+    original = trajectory_files.parquet.ParquetWriter
 
-    def write_table(table: Any, path: Path, **options: Any) -> None:
+    def writer(path: Path, *arguments: Any, **options: Any) -> Any:
         if "step_4" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(table, path, **options)
+        return original(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectory_files.parquet, "write_table", write_table)
+        patch.setattr(trajectory_files.parquet, "ParquetWriter", writer)
         with pytest.raises(PartError, match=r"the disk is full: cannot write .*step_4\.parquet.*--resume"):
             run(config(tmp_path))
     directory = tmp_path / "runs" / "run"

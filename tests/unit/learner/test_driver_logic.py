@@ -7,8 +7,9 @@ import pytest
 from common import metrics as names
 from common.config import RunConfig
 from common.config.data import ShareAdaptive, ShareFixed
+from common.packed import Group, PackedResponse, pack
 from common.seeds import derive_seed
-from common.trajectory import Attempt, Group, Prompt, Trajectory, Verdict
+from common.trajectory import Attempt, Prompt, Trajectory, Verdict
 from learner.environments.step_checks import count_steps
 from learner.environments.tasks.chain import ChainProblem
 from learner.loop.step_metrics import rollout_metrics
@@ -21,7 +22,7 @@ from learner.loop.treatment import (
 from learner.run.errors import PartError, part, summary
 from tests.configs import run_config
 from tests.fake_parts import TOKENIZER
-from tests.trajectories import attempt_of, random_groups
+from tests.trajectories import attempt_of, random_groups, unpacked, with_rewards
 
 PROMPT = Prompt(id="p7", text="a+1:2\n", token_ids=[1, 2, 3], answer="a+1=3\n")
 UNIFORM = {"advantage": {"credit": {"kind": "uniform"}}}
@@ -101,18 +102,14 @@ def test_a_fixed_share_always_applies_and_a_step_without_plain_responses_changes
 def test_the_success_rate_counts_plain_members_only():
     (group,) = random_groups(0, 1, 4)
     rewards = [1.0, 0.0, 1.0, 1.0]
-    members = [
-        t.model_copy(update={"reward": r, "sample": n})
-        for n, (t, r) in enumerate(zip(group.trajectories, rewards, strict=True))
-    ]
-    mixed = [Group(prompt=group.prompt, trajectories=members)]
+    mixed = [with_rewards(group, rewards)]
     assert plain_outcome(mixed, first_treated_sample(config(), True), 0.5) == (1, 2)
     assert plain_outcome(mixed, first_treated_sample(config(), False), 0.5) == (3, 4)
 
 
 def test_rollout_metrics_equal_a_count_by_hand():
     groups = random_groups(seed=1, groups=2, size=4)
-    responses = [t for group in groups for t in group.trajectories]
+    responses = [t for group in groups for t in unpacked(group)]
     attempts = [a for t in responses for a in t.attempts]
     erased = [a for a in attempts if a.verdict == "erased"]
     values = rollout_metrics(groups, 2, None)
@@ -129,7 +126,7 @@ def test_rollout_metrics_equal_a_count_by_hand():
     assert values[names.CASCADE_RATE] is None
 
 
-def response(lines: list[tuple[int, str, Verdict]], *, erasable: bool = True) -> Trajectory:
+def response(lines: list[tuple[int, str, Verdict]], *, erasable: bool = True) -> PackedResponse:
     """A response of attempts (segment, line, verdict) to the problem `CHAIN`."""
     attempts: list[Attempt] = []
     position, numbers = 0, {}
@@ -140,7 +137,7 @@ def response(lines: list[tuple[int, str, Verdict]], *, erasable: bool = True) ->
         if verdict == "accepted":
             position += len(tokens)
     committed = [line for _, line, verdict in lines if verdict == "accepted"]
-    return Trajectory(
+    trajectory = Trajectory(
         prompt_id="c",
         group_id="c",
         sample=0,
@@ -151,15 +148,16 @@ def response(lines: list[tuple[int, str, Verdict]], *, erasable: bool = True) ->
         finish_reason="stop",
         text="".join(committed),
     )
+    return pack(trajectory, attempt_texts=tuple(line for _, line, _ in lines))
 
 
 CHAIN = ChainProblem((("+", 1), ("+", 2), ("×", 3)), start=0)
 RIGHT = ("a+1=1\n", "b+2=3\n", "c×3=9\n")
 
 
-def counts(*responses: Trajectory) -> tuple[int, int, int, int]:
+def counts(*responses: PackedResponse) -> tuple[int, int, int, int]:
     prompt = Prompt(id="c", text=CHAIN.prompt, token_ids=[1])
-    found = count_steps(config(), [Group(prompt=prompt, trajectories=list(responses))], TOKENIZER)
+    found = count_steps(config(), [Group(prompt=prompt, trajectories=list(responses))])
     assert found is not None
     return found.responses, found.cascaded, found.slips, found.recovered
 
@@ -208,7 +206,16 @@ def test_slips_are_found_where_segments_do_not_end_with_lines():
 
 def test_a_task_without_checkable_steps_has_no_counts():
     run = config(reward={"kind": "math"})
-    assert count_steps(run, random_groups(0, 1, 2), TOKENIZER) is None
+    assert count_steps(run, random_groups(0, 1, 2)) is None
+    assert not training_requests(run, 1, PROMPT, share_applies=True)[0].attempt_texts
+
+
+def test_steps_are_checked_where_the_texts_of_attempts_were_asked_for():
+    assert all(r.attempt_texts for r in training_requests(config(), 1, PROMPT, share_applies=True))
+    (group,) = random_groups(0, 1, 2)
+    group = Group(Prompt(id="p0", text=CHAIN.prompt, token_ids=[1]), group.trajectories)
+    with pytest.raises(ValueError, match="response 0 to prompt 'p0' lacks its attempts' texts"):
+        count_steps(config(), [group])
 
 
 def test_a_failure_names_its_part_and_its_innermost_cause():

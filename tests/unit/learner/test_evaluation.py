@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 from common import metrics as names
-from common.trajectory import Group, Prompt
+from common.packed import Group
+from common.trajectory import Prompt
 from learner.environments.step_checks import StepCounts
 from learner.evaluation.evaluate import Evaluation, evaluate_groups, evaluation_requests, pass_at_k
 from learner.run.plots import draw_plots
 from learner.run.report import build_report, comparison_table, final_table
 from tests.configs import run_config
 from tests.trajectories import random_groups
+from tests.trajectories import with_rewards as rewarded
 
 CONFIG = run_config(evaluation={"responses_per_problem": 3})
 PROMPTS = [Prompt(id=name, text=name, token_ids=[1, 2]) for name in "abc"]
@@ -34,13 +36,7 @@ def test_pass_at_k_of_too_few_responses_is_an_error():
 
 def with_rewards(rewards: list[list[float]]) -> list[Group]:
     groups = random_groups(0, len(rewards), len(rewards[0]))
-    return [
-        Group(
-            prompt=group.prompt,
-            trajectories=[t.model_copy(update={"reward": r}) for t, r in zip(group.trajectories, row, strict=True)],
-        )
-        for group, row in zip(groups, rewards, strict=True)
-    ]
+    return [rewarded(group, row) for group, row in zip(groups, rewards, strict=True)]
 
 
 def test_an_evaluation_averages_over_responses_and_over_problems():

@@ -1,6 +1,7 @@
 """Which device each learner rank is given. The ranks themselves run in `tests/integration/learner/test_learner.py`."""
 
-from pathlib import Path
+import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from common.config import RunConfig
+from common.weights import DiskUpdate, WeightUpdate
+from common.weights.weight_file import WrittenWeights
 from learner.policy.group import LearnerError, LearnerGroup, _failure, environments, trains_on_gpus
 from learner.policy.rank import LearnerRank, Placement
 from learner.run.errors import PartError
-from learner.weights.host import WrittenWeights
 from tests.configs import run_config
 
 
@@ -44,21 +46,69 @@ def test_a_rank_that_sees_one_gpu_alone_uses_device_0() -> None:
         assert (environment["WORLD_SIZE"], environment["LOCAL_SIZE"]) == ("4", "2")
 
 
-async def test_weights_that_are_not_finite_are_the_learners_failure_and_their_file_is_removed(tmp_path: Path) -> None:
+class CalledRanks:
+    """A group whose ranks answer with `written`, or fail with it; the names of the calls, in order."""
+
+    def __init__(self, written: WrittenWeights | Exception, update: WeightUpdate) -> None:
+        self.calls: list[str] = []
+        self._written, self._update = written, update
+        self.group = object.__new__(LearnerGroup)
+        self.group._config, self.group._ranks = config_for(1, 1, "float32"), [None]
+        self.group._failure = self.group._path = None
+        self.group._call = self._answer  # type: ignore[method-assign]
+
+    async def _answer(self, method: str, *_: Any, **__: Any) -> list[Any]:
+        self.calls.append(method)
+        if method == "publish":
+            if isinstance(self._written, Exception):
+                raise self._written
+            return [self._written]
+        return [self._update if method == "begin_publishing" else None]
+
+
+WRITTEN = WrittenWeights("1" * 16, 1, 4, None)
+UPDATE = DiskUpdate(version=7, checksum="", bytes=4, path="/none")
+
+
+class StreamedUpdate(DiskUpdate):
+    streams = True
+
+
+async def test_weights_that_are_not_finite_are_the_learners_failure_and_are_discarded() -> None:
     """A failure of another part would be followed by a checkpoint of these weights."""
-
-    async def written(*_: Any, **__: Any) -> list[WrittenWeights]:
-        path = tmp_path / "weights"
-        path.touch()
-        return [WrittenWeights(str(path), "0" * 16, 1, 4, "model.norm.weight")]
-
-    group = object.__new__(LearnerGroup)
-    group._config, group._ranks = config_for(1, 1, "float32"), [None]
-    group._call = written  # type: ignore[method-assign]
+    ranks = CalledRanks(replace(WRITTEN, not_finite="model.norm.weight"), UPDATE)
     with pytest.raises(PartError, match=r"version 7: model\.norm\.weight holds NaN or infinity") as error:
-        await group.export_weights(7)
+        await ranks.group.publishing(7).__aenter__()
     assert error.value.part == "learner"
-    assert not any(tmp_path.iterdir())
+    assert ranks.calls == ["begin_publishing", "publish", "discard"]
+
+
+async def test_only_a_version_that_is_everywhere_replaces_the_one_before() -> None:
+    ranks = CalledRanks(WRITTEN, UPDATE)
+    async with ranks.group.publishing(7) as update:
+        assert update == UPDATE.model_copy(update={"checksum": WRITTEN.checksum})
+        assert ranks.calls == ["begin_publishing", "publish"]
+    assert ranks.calls[2:] == ["keep_only"]
+    ranks.calls.clear()
+    with pytest.raises(ZeroDivisionError):
+        async with ranks.group.publishing(7):
+            raise ZeroDivisionError
+    assert ranks.calls == ["begin_publishing", "publish", "discard"]
+
+
+async def test_replicas_receive_a_stream_while_it_is_sent_and_the_senders_failure_goes_first() -> None:
+    streamed = StreamedUpdate(**UPDATE.model_dump())
+    ranks = CalledRanks(WRITTEN, streamed)
+    async with ranks.group.publishing(7) as update:
+        assert update is streamed
+        assert ranks.calls == ["begin_publishing"]
+        await asyncio.sleep(0)
+        assert ranks.calls == ["begin_publishing", "publish"]
+    assert ranks.calls[2:] == ["keep_only"]
+    failing = CalledRanks(LearnerError("rank 0 died"), streamed)
+    with pytest.raises(LearnerError, match="rank 0 died"):
+        async with failing.group.publishing(7):
+            raise ZeroDivisionError("what a replica saw of it")
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,19 @@ from common.config.run import (
     UncertaintyCredit,
     UniformCredit,
 )
-from common.trajectory import Attempt, Group, Trajectory, VersionSpan
-from learner.objectives.clipped import (
+from common.packed import Group
+from common.trajectory import Attempt, Trajectory, VersionSpan
+from learner.objectives import (
     MinibatchTotals,
     ObjectiveInputs,
     ObjectiveStatistics,
     compute_objective,
 )
-from learner.policy.batching import TrainingSample, collate, rank_batches, response_samples, split_minibatches
+from learner.policy.batching import collate, rank_batches, split_minibatches
 from learner.policy.model import PolicyError, learning_rate, load_policy, response_logprobs
+from learner.policy.samples import TrainingSample, response_samples
 from tests.models import tiny_llama, tiny_qwen3
-from tests.trajectories import random_groups, recorded_near
+from tests.trajectories import changed, random_groups, recorded_near, unpacked, with_rewards
 
 E3RL_AS_GRPO = AdvantageConfig(credit=UniformCredit(), normalise="sequence")
 TOKEN_MEAN = ClippedObjective(aggregation="token_mean")
@@ -107,9 +109,7 @@ def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients], to
 def without_signal(groups: Sequence[Group], which: Sequence[int]) -> list[Group]:
     """The same groups, the rewards of some of which are all equal."""
     return [
-        group.model_copy(update={"trajectories": [t.model_copy(update={"reward": 1.0}) for t in group.trajectories]})
-        if index in which
-        else group
+        with_rewards(group, [1.0] * len(group.trajectories)) if index in which else group
         for index, group in enumerate(groups)
     ]
 
@@ -158,7 +158,7 @@ def float64_grpo(policy: Any, groups: Sequence[Group], objective: ClippedObjecti
             rewards = [t.reward or 0.0 for t in group.trajectories]
             mean = math.fsum(rewards) / len(rewards)
             deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
-            for member, reward in zip(group.trajectories, rewards, strict=True):
+            for member, reward in zip(unpacked(group), rewards, strict=True):
                 advantage = (reward - mean) / (deviation + 1e-4)
                 prompt, response = member.prompt_token_ids, member.token_ids
                 logits = double(input_ids=torch.tensor([prompt + response])).logits[0].double()
@@ -207,9 +207,7 @@ def test_grpo_equals_a_float64_recomputation(policy: Any, groups: list[Group], o
 def test_e3rl_with_uniform_sequence_credit_equals_grpo(
     policy: Any, groups: list[Group], objective: ClippedObjective
 ) -> None:
-    plain = [
-        g.model_copy(update={"trajectories": [joined(t.model_copy(deep=True)) for t in g.trajectories]}) for g in groups
-    ]
+    plain = [changed(group, joined) for group in groups]
     assert any(t.erasures for g in groups for t in g.trajectories)
     e3rl = learner_gradients(policy, all_samples(groups, E3RL_AS_GRPO), objective)
     grpo = learner_gradients(policy, all_samples(plain, E3RL_AS_GRPO), objective)

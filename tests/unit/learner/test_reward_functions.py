@@ -4,6 +4,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -96,6 +97,16 @@ def test_keywords_of_any_name_get_all_there_is(loaded: Callable[[Any], Any]):
     assert given["level"] == 5
     assert given["prompt"] == "the prompt"
     assert given["token_ids"] == (7, 8)
+
+
+def test_only_what_is_asked_for_is_fetched_and_tokens_come_as_a_list(loaded: Callable[[Any], Any]):
+    assert not loaded(lambda prompt, response, answer: 0.0).reading.tokens
+    asking = loaded(lambda token_ids: token_ids)
+    assert asking.reading.tokens
+    assert loaded(everything).reading.tokens
+    tokens = asking.function(replace(ITEM, token_ids=np.array([7, 8], np.int32)))
+    assert tokens == [7, 8]
+    assert {type(token) for token in tokens} == {int}
 
 
 def test_a_column_that_a_row_lacks_is_the_default_or_none(loaded: Callable[[Any], Any]):

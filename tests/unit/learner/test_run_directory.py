@@ -30,7 +30,7 @@ from learner.run.run_directory import (
 )
 from learner.run.trajectory_files import read_trajectories, write_trajectories
 from tests.configs import run_config
-from tests.trajectories import random_groups
+from tests.trajectories import random_groups, unpacked
 
 
 def config(tmp_path: Path, **changes: Any) -> RunConfig:
@@ -348,4 +348,4 @@ def test_trajectories_come_back_as_they_were_written(tmp_path: Path):
     groups = random_groups(seed=3, groups=3, size=4)
     path = tmp_path / "step_7.parquet"
     write_trajectories(path, 7, groups)
-    assert read_trajectories(path) == [t for group in groups for t in group.trajectories]
+    assert read_trajectories(path) == [t for group in groups for t in unpacked(group)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +11,18 @@ from hypothesis import strategies as st
 from common import metrics as names
 from common.config import ConfigError
 from common.config.run import ShapeOverlong, WarningsConfig
-from common.trajectory import Group, Trajectory
+from common.packed import Group, pack
+from common.repetition import repeated_share
 from learner.environments.overlong import length_penalty, shaped_groups
 from learner.evaluation.evaluate import evaluate_groups
 from learner.loop.driver_state import newest_state
-from learner.loop.step_metrics import repeated_share, rollout_metrics
+from learner.loop.step_metrics import rollout_metrics
 from learner.loop.watch import REPEAT_STEPS, Watch
-from learner.policy.batching import rank_batches, response_samples, split_minibatches, token_counts
+from learner.policy.batching import rank_batches, split_minibatches, token_counts
+from learner.policy.samples import response_samples
 from learner.run.run_directory import read_jsonl
 from tests.configs import run_config
-from tests.trajectories import attempt_of, random_groups
+from tests.trajectories import attempt_of, random_groups, trajectory, unpacked, with_rewards
 from tests.unit.learner.test_driver import config, run
 
 HEALTHY = {
@@ -49,15 +50,14 @@ def test_a_loop_is_repetition_and_ordinary_text_is_not() -> None:
 
 def test_metrics_of_a_step_tell_how_it_goes() -> None:
     groups = random_groups(1, 2, 3)
-    cut = groups[0].trajectories[0].model_copy(update={"finish_reason": "length"})
-    groups[0] = groups[0].model_copy(update={"trajectories": [cut, *groups[0].trajectories[1:]]})
+    groups[0].trajectories[0].finish_reason = "length"
     for group in groups:
         assert group.trajectories[1].finish_reason == "stop"
     found = rollout_metrics(groups, 3, None)
     assert found[names.TRUNCATED_SHARE] == pytest.approx(1 / 6)
     # One of three succeeds in each group: sqrt(1/3 * 2/3).
     assert found[names.REWARD_SPREAD] == pytest.approx(np.sqrt(2) / 3)
-    sampled = [-v for g in groups for t in g.trajectories for a in t.attempts for v in a.behaviour_logprobs]
+    sampled = [-v for g in groups for t in unpacked(g) for a in t.attempts for v in a.behaviour_logprobs]
     assert found[names.ENTROPY] == pytest.approx(np.mean(sampled))
 
 
@@ -108,8 +108,7 @@ def test_what_counts_as_a_success_is_a_setting_for_the_share_and_for_evaluations
 def test_partial_rewards_succeed_from_the_threshold_on() -> None:
     group = random_groups(0, 1, 4)[0]
     rewards = (0.1, 0.3, 0.7, 0.9)
-    members = [t.model_copy(update={"reward": r}) for t, r in zip(group.trajectories, rewards, strict=True)]
-    groups = [group.model_copy(update={"trajectories": members})]
+    groups = [with_rewards(group, rewards)]
     for threshold, share in ((0.0, 1.0), (0.3, 0.75), (0.31, 0.5), (0.9, 0.25), (1.0, 0.0)):
         found = evaluate_groups(1, "plain", 1, groups, None, 1.0, success_threshold=threshold)
         assert found.avg_at_k == pytest.approx(share)
@@ -118,15 +117,11 @@ def test_partial_rewards_succeed_from_the_threshold_on() -> None:
 def with_lengths(lengths: Sequence[int], truncated: Sequence[bool]) -> Group:
     group = random_groups(0, 1, len(lengths))[0]
     members = []
-    for trajectory, length, cut in zip(group.trajectories, lengths, truncated, strict=True):
+    for sample, (length, cut) in enumerate(zip(lengths, truncated, strict=True)):
         attempts = [attempt_of([1] * length, segment=0, start=0)]
-        fields: dict[str, Any] = trajectory.model_dump() | {
-            "attempts": [a.model_dump() for a in attempts],
-            "finish_reason": "length" if cut else "stop",
-            "reward": float(trajectory.sample % 2),
-        }
-        members.append(Trajectory.model_validate(fields))
-    return group.model_copy(update={"trajectories": members})
+        members.append(pack(trajectory(attempts, reward=float(sample % 2), sample=sample)))
+        members[-1].finish_reason = "length" if cut else "stop"
+    return Group(group.prompt, members)
 
 
 @given(tokens=st.integers(0, 200), buffer=st.integers(1, 100), penalty=st.floats(0.01, 10))

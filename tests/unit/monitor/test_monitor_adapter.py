@@ -23,7 +23,8 @@ from common.segmentation import segment_length
 from common.token_bytes import token_bytes
 from rollout_server.monitor import Field, Judged
 from rollout_server.monitor.adapters.plain_rows import PlainRows
-from rollout_server.monitor.adapters.vllm_v1 import DEPARTED_KEPT, PRIORS_KEPT, SegmentMonitorProcessor
+from rollout_server.monitor.adapters.tables import PRIORS_KEPT
+from rollout_server.monitor.adapters.vllm_v1 import DEPARTED_KEPT, SegmentMonitorProcessor
 from rollout_server.monitor.records import Inbox, Outbox, Sender
 from rollout_server.monitor.spec import PLAIN_ARG, Submission, policy_json
 from tests.models import byte_tokenizer
@@ -298,14 +299,14 @@ def test_a_group_that_may_erase_nothing_warms_the_prior_up_for_the_first_that_ma
     followed._outbox.put = lambda *what: sent.append(what)  # type: ignore[method-assign]
     erasing = policy_json(ErasurePolicy(segmentation=FixedSegmentation(length=2)))
 
-    def verdict(uid: int, group: str, size: int) -> tuple[bool, bool]:
+    def verdict(uid: int, group: str, size: int, **kind: str) -> tuple[bool, bool]:
         """Of an uncertain response: whether there was a threshold, and whether it is erased."""
-        respond(followed, params(uid, group, size, policy=erasing), surprise=5.0)
+        respond(followed, params(uid, group, size, policy=erasing, **kind), surprise=5.0)
         fields = sent[-1][2].fields[0]
         return bool(fields[Field.THRESHOLD].isfinite()), bool(fields[Field.ERASED])
 
-    assert verdict(1, "cold", 1000) == (False, False), "the first of a kind has nothing to be compared with"
-    followed._groups.clear()
+    cold = verdict(1, "cold", 1000, kind="another")
+    assert cold == (False, False), "the first of a kind has nothing to be compared with"
     for uid in range(2, 6):
         respond(followed, params(uid, "warm-up", 4))
         followed._collect_ended()

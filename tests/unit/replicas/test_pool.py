@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config.run import EngineConfig
-from common.trajectory import ResponseRequest, Trajectory
+from common.packed import PackedResponse, pack
+from common.trajectory import ResponseRequest
 from rollout_server.replicas.training_pool import ReplicaError, RolloutPool, _cause, shared_out
 from tests.trajectories import trajectory
 
@@ -30,16 +31,16 @@ class Replica:
     def options(self, **options: Any) -> "Replica":
         return self
 
-    def remote(self, requests: list[ResponseRequest]) -> AsyncIterator[Awaitable[Trajectory]]:
+    def remote(self, requests: list[ResponseRequest]) -> AsyncIterator[Awaitable[PackedResponse]]:
         return self._stream(requests)
 
-    async def _stream(self, requests: list[ResponseRequest]) -> AsyncIterator[Awaitable[Trajectory]]:
+    async def _stream(self, requests: list[ResponseRequest]) -> AsyncIterator[Awaitable[PackedResponse]]:
         tasks = [asyncio.create_task(self._respond(request)) for request in requests]
         try:
             for finished in asyncio.as_completed(tasks):
                 result = await finished
 
-                async def reference(result: Trajectory = result) -> Trajectory:
+                async def reference(result: PackedResponse = result) -> PackedResponse:
                     return result
 
                 yield reference()
@@ -47,7 +48,7 @@ class Replica:
             for task in tasks:
                 task.cancel()
 
-    async def _respond(self, request: ResponseRequest) -> Trajectory:
+    async def _respond(self, request: ResponseRequest) -> PackedResponse:
         async with self._places:
             if self._left == 0:
                 await asyncio.Event().wait()
@@ -55,7 +56,7 @@ class Replica:
                 self._left -= 1
             await asyncio.sleep(self._duration(request))
         answer = trajectory([], reward=0.0, sample=request.sample)
-        return answer.model_copy(update={"group_id": request.group_id})
+        return pack(answer.model_copy(update={"group_id": request.group_id}))
 
 
 def pool(replicas: Sequence[Replica], response_seconds: float) -> RolloutPool:

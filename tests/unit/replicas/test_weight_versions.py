@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.trajectory import ResponseRequest, Trajectory
-from common.weights import WeightUpdate
-from rollout_server.http.openai.errors import ApiError
+from common.weights import DiskUpdate, WeightUpdate
 from rollout_server.replicas import pool as replicas_module
-from rollout_server.replicas.pool import EngineFacts, ReplicaLost, ReplicaSet
+from rollout_server.replicas.errors import VersionNotNewer, WeightsNotLoaded
+from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.replica import EngineFacts, ReplicaLost
 from rollout_server.replicas.use import EngineUse
 
 FIRST_VERSION = 3
@@ -85,7 +86,7 @@ class FakeReplica:
 
 
 def update_with(content: str) -> WeightUpdate:
-    return WeightUpdate(version=0, backend="host", path=f"/{content}", checksum=content, bytes=1)
+    return DiskUpdate(version=0, path=f"/{content}", checksum=content, bytes=1)
 
 
 class Loop:
@@ -94,7 +95,7 @@ class Loop:
     def __init__(self, count: int = REPLICAS, sync_seconds: float = SYNC_SECONDS) -> None:
         self._loop = asyncio.new_event_loop()
         self.replicas = [FakeReplica() for _ in range(count)]
-        self.set = ReplicaSet(list(self.replicas), start_seconds=60.0, sync_seconds=sync_seconds, probe_seconds=1.0)
+        self.set = Pool(list(self.replicas), start_seconds=60.0, sync_seconds=sync_seconds, probe_seconds=1.0)
         self.run(self.set.start())
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -165,8 +166,10 @@ class WeightVersions(RuleBasedStateMachine):
     def _try(self, content: str, version: int | None) -> tuple[WeightUpdate | None, int]:
         try:
             return self.loop.run(self.loop.sync(content, version)), 200
-        except ApiError as error:
-            return None, error.status
+        except VersionNotNewer:
+            return None, 409
+        except WeightsNotLoaded:
+            return None, 503
 
     @rule(number=st.integers(0, REPLICAS - 1))
     def die(self, number: int) -> None:
@@ -254,9 +257,9 @@ def test_a_sync_is_no_success_while_a_replica_lacks_the_weights(count: int) -> N
         replica = loop.replicas[-1]
         replica.may_start.clear()
         loop.run(loop.die(count - 1))
-        with pytest.raises(ApiError, match=f"replica {count - 1} died and is being restarted") as error:
+        with pytest.raises(WeightsNotLoaded, match=f"replica {count - 1} died and is being restarted") as error:
             loop.run(loop.sync("new"))
-        assert error.value.status == 503
+        assert error.value.may_come
         replica.may_start.set()
         loop.settle()
         # Nobody held them if there is only one; else the one that comes back must not fall behind the other.
@@ -267,7 +270,7 @@ def test_a_sync_is_no_success_while_a_replica_lacks_the_weights(count: int) -> N
 def test_a_replica_that_did_not_load_is_restarted_with_what_the_others_serve() -> None:
     with looped(2) as loop:
         loop.replicas[1].syncs = ["fail"]
-        with pytest.raises(ApiError, match="replica 1: RuntimeError: cannot load the file"):
+        with pytest.raises(WeightsNotLoaded, match="replica 1: RuntimeError: cannot load the file"):
             loop.run(loop.sync("new", 9))
         assert [m.error is None for m in loop.set.members] == [True, False]
         assert loop.set.version == 9
@@ -275,17 +278,17 @@ def test_a_replica_that_did_not_load_is_restarted_with_what_the_others_serve() -
         assert [r.holds for r in loop.replicas] == [(9, "new")] * 2
         # The same weights once more are the retry of a sync that was incomplete; others need a version of their own.
         assert loop.run(loop.sync("new", 9)).version == 9
-        with pytest.raises(ApiError, match="version 9 has been served with other weights"):
+        with pytest.raises(VersionNotNewer, match="version 9 has been served with other weights"):
             loop.run(loop.sync("other", 9))
 
 
 def test_a_version_that_nobody_served_may_be_tried_again_and_is_not_given_to_others() -> None:
     with looped(1) as loop:
         loop.replicas[0].syncs = ["fail"]
-        with pytest.raises(ApiError, match="were not loaded"):
+        with pytest.raises(WeightsNotLoaded, match="were not loaded"):
             loop.run(loop.sync("new", 9))
         assert loop.run(loop.sync("other")).version == 10
-        with pytest.raises(ApiError, match="version 10 has been served"):
+        with pytest.raises(VersionNotNewer, match="version 10 has been served"):
             loop.run(loop.sync("new", 9))
 
 

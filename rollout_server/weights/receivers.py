@@ -1,0 +1,71 @@
+"""Receiving an update by whichever transport it came."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from common.weights.updates import DiskUpdate, HostUpdate, WeightUpdate
+from common.weights.weight_file import DamagedWeights
+from rollout_server.weights import disk, host
+from rollout_server.weights.receiver import Arrived
+
+log = logging.getLogger("e3rl.engine")
+
+TRIES = 2
+TRANSIENT = (OSError, DamagedWeights)
+
+
+class Receivers:
+    """Receives updates, one at a time. `retries`: how many had to be received again."""
+
+    def __init__(self) -> None:
+        self.retries = 0
+
+    @asynccontextmanager
+    async def receiving(self, update: WeightUpdate, deadline_seconds: float) -> AsyncIterator[Arrived]:
+        """Bring the weights to this machine, while the engine generates; they are there within the block.
+
+        A transient error is met by one more try.
+
+        Raises:
+            NotReachable: this replica can never get them by this transport.
+            DamagedWeights, OSError: they did not arrive as they were sent, twice.
+        """
+        deadline = time.monotonic() + deadline_seconds
+        receiving = asyncio.ensure_future(asyncio.to_thread(self._receive, update, deadline))
+        try:
+            arrived = await asyncio.shield(receiving)
+        except asyncio.CancelledError:
+            receiving.add_done_callback(_close)
+            raise
+        try:
+            yield arrived
+        finally:
+            arrived.close()
+
+    def _receive(self, update: WeightUpdate, deadline: float) -> Arrived:
+        for left in reversed(range(TRIES)):
+            try:
+                return _receive_once(update, deadline)
+            except TRANSIENT as error:
+                if not left or time.monotonic() >= deadline:
+                    raise
+                self.retries += 1
+                log.warning("weights of version %d are received once more: %s", update.version, error)
+        raise AssertionError("unreachable")
+
+
+def _receive_once(update: WeightUpdate, deadline: float) -> Arrived:
+    match update:
+        case HostUpdate():
+            return host.receive(update, deadline)
+        case DiskUpdate():
+            return disk.receive(update, deadline)
+
+
+def _close(receiving: "asyncio.Future[Arrived]") -> None:
+    """Nobody waits for them any more."""
+    if not receiving.cancelled() and receiving.exception() is None:
+        receiving.result().close()
