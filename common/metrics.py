@@ -81,6 +81,8 @@ IMPORTANCE_EFFECTIVE_SHARE = "learner/importance_effective_share"
 PADDING_SHARE = "learner/padding_share"
 LEARNER_TOKENS = "learner/tokens"
 """Prompt and response tokens that the learner ran, padding left out."""
+LEARNER_MEMORY = "learner/peak_memory_gib"
+"""The most memory that a rank has had so far: of its tensors on a GPU, of its process on CPUs."""
 SKIPPED_SHARE = "learner/skipped_share"
 """Samples that the learner did not run, because their advantages are all 0 and so is their loss."""
 

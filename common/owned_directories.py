@@ -9,8 +9,8 @@ import fcntl
 import logging
 import os
 import shutil
-import stat
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,20 +48,23 @@ class OwnedDirectory:
             self._lock = -1
 
 
-def remove_leftovers(prefix: str, parents: Iterable[Path]) -> list[Path]:
-    """Delete directories of this user that begin with `prefix` and that nobody owns; what was deleted."""
+def remove_leftovers(prefix: str, parents: Iterable[Path], untouched_seconds: float = 0.0) -> list[Path]:
+    """Delete directories of this user that begin with `prefix` and that nobody owns; what was deleted.
+
+    `untouched_seconds`: leave those in which a file was made or removed since.
+    """
     removed = []
     for parent in set(parents):
         for path in sorted(parent.glob(f"{prefix}*")) if parent.is_dir() else ():
             try:
-                if _remove_unowned(path):
+                if _remove_unowned(path, untouched_seconds):
                     removed.append(path)
             except OSError as error:
                 log.warning("a directory that nobody needs stays: %s", error)
     return removed
 
 
-def _remove_unowned(path: Path) -> bool:
+def _remove_unowned(path: Path, untouched_seconds: float) -> bool:
     try:
         lock = os.open(path, _OPEN)
     except OSError:
@@ -69,7 +72,7 @@ def _remove_unowned(path: Path) -> bool:
         return False
     try:
         state = os.fstat(lock)
-        if state.st_uid != os.geteuid() or not stat.S_ISDIR(state.st_mode):
+        if state.st_uid != os.geteuid() or time.time() - state.st_mtime < untouched_seconds:
             return False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

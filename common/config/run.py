@@ -209,11 +209,41 @@ class LearnerConfig(StrictModel):
         return self
 
 
-class SyncConfig(StrictModel):
-    """How replicas get new weights. `host`: a file in shared memory, for replicas on the learner's machine."""
+DEFAULT_BUCKET_BYTES = 64 * 2**20
 
-    transport: Literal["host"] = "host"
+
+class SyncConfig(StrictModel):
+    """How replicas get new weights.
+
+    `transport`: `host` is a file in shared memory, for replicas on the learner's machine; `disk` a file in `directory`,
+    which every machine must see under this path; `gloo` a broadcast over the network in buckets of `bucket_bytes`,
+    64 MiB by default. `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the
+    address by which Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
+    """
+
+    transport: Literal["host", "disk", "gloo"] = "host"
+    directory: str | None = Field(default=None, min_length=1, description="For transport `disk`: a shared directory.")
+    bucket_bytes: int | None = Field(default=None, ge=2**16, le=2**32, description="For transports that send.")
+    network_interface: str | None = Field(default=None, min_length=1, description="For transports that send.")
     deadline_seconds: float = Field(default=120.0, gt=0.0)
+
+    @property
+    def packed_bytes(self) -> int:
+        """The size of a bucket."""
+        return self.bucket_bytes or DEFAULT_BUCKET_BYTES
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "SyncConfig":
+        if self.transport == "disk" and self.directory is None:
+            raise ValueError("transport 'disk' needs directory: one that the learner's and every replica's machine see")
+        for name, transports in (
+            ("directory", ("disk",)),
+            ("bucket_bytes", ("gloo",)),
+            ("network_interface", ("gloo",)),
+        ):
+            if getattr(self, name) is not None and self.transport not in transports:
+                raise ValueError(f"{name} is for transport {', '.join(transports)}, not for {self.transport!r}")
+        return self
 
 
 class EvaluationConfig(StrictModel):

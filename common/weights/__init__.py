@@ -7,6 +7,7 @@ that they arrived. Both sides import this package; it imports neither of them.
 from common.weights.checksum import held_sum, weights_checksum
 from common.weights.updates import (
     DiskUpdate,
+    GlooUpdate,
     HostUpdate,
     NonFiniteLogits,
     ReplicaSync,
@@ -16,6 +17,7 @@ from common.weights.updates import (
 
 __all__ = [
     "DiskUpdate",
+    "GlooUpdate",
     "HostUpdate",
     "NonFiniteLogits",
     "ReplicaSync",

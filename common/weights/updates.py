@@ -53,7 +53,28 @@ class DiskUpdate(_Update):
         return self.path
 
 
-WeightUpdate = Annotated[HostUpdate | DiskUpdate, Field(discriminator="transport")]
+class GlooUpdate(_Update):
+    """A store of the learner's where replicas come together to receive the file in buckets of `bucket_bytes`.
+
+    `stall_seconds`: a member that does not move for so long is given up.
+    """
+
+    streams: ClassVar[bool] = True
+
+    transport: Literal["gloo"] = "gloo"
+    address: str
+    port: int
+    file_bytes: int
+    header_bytes: int
+    bucket_bytes: int
+    stall_seconds: float
+
+    @property
+    def place(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+WeightUpdate = Annotated[HostUpdate | DiskUpdate | GlooUpdate, Field(discriminator="transport")]
 
 
 class ReplicaSync(StrictModel):

@@ -26,6 +26,7 @@ from learner.loop.scoring import Scoring
 from learner.loop.step_metrics import rollout_metrics
 from learner.loop.treatment import TreatedShare, first_treated_sample, plain_outcome, training_requests
 from learner.loop.watch import Watch
+from learner.planning.memory import CHECKPOINT_COPIES
 from learner.policy.group import LearnerGroup
 from learner.run.display import Display
 from learner.run.errors import DiskFullError, Interrupted, PartError, part
@@ -36,8 +37,6 @@ from learner.run.trajectory_files import write_trajectories
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
-CHECKPOINT_COPIES = {"float32": 4, "bfloat16": 7}
-"""A checkpoint in copies of the weights: themselves, and in float32 their master copy and AdamW's two moments."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -372,6 +372,7 @@ def _step_metrics(
         metrics.CLIP_SHARE: whole.clipped_tokens / max(whole.tokens, 1),
         metrics.RATIO_MIN: whole.ratio_min,
         metrics.RATIO_MAX: whole.ratio_max,
+        metrics.LEARNER_MEMORY: max(p.peak_bytes for parts in by_minibatch for p in parts) / 1024**3,
         metrics.PADDING_SHARE: 1.0 - real / padded,
         metrics.LEARNER_TOKENS: float(real),
         metrics.SKIPPED_SHARE: 1.0 - run / max(sum(batches[0].totals.responses for batches in minibatches), 1),

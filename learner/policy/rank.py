@@ -7,6 +7,7 @@ DeepSpeed, which picks its accelerator at once.
 import json
 import math
 import os
+import resource
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,12 +48,16 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class MinibatchResult:
-    """What one rank reports of one optimizer step. `loss`: its share; the ranks' shares add up."""
+    """What one rank reports of one optimizer step. `loss`: its share; the ranks' shares add up.
+
+    `peak_bytes`: of memory since it began. On a GPU its tensors', on CPUs the whole process's.
+    """
 
     loss: float
     statistics: ObjectiveStatistics
     gradient_norm: float
     learning_rate: float
+    peak_bytes: int
 
 
 class NotFiniteError(RuntimeError):
@@ -139,7 +144,8 @@ class LearnerRank:
         if self._rank != 0:
             return None
         if self._publisher is None:
-            self._publisher = publisher(self._config.sync)
+            replicas = self._config.rollout.engine.replicas
+            self._publisher = publisher(self._config.sync, replicas, ray.util.get_node_ip_address())
         return self._publisher.begin(version, self._parameters())
 
     def publish(self, version: int) -> WrittenWeights | None:
@@ -249,7 +255,12 @@ class LearnerRank:
         # DeepSpeed says -1 where it found an overflow.
         if not math.isfinite(norm) or norm < 0.0:
             raise NotFiniteError(f"the gradient's norm is {norm} with a loss of {loss_sum:.3g} and {ratios}")
-        return MinibatchResult(loss_sum, total, norm, rate)
+        return MinibatchResult(loss_sum, total, norm, rate, self._peak_bytes())
+
+    def _peak_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _loss(
         self, samples: list[TrainingSample], totals: MinibatchTotals, old_logprobs: Tensor | None

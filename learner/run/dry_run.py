@@ -120,19 +120,10 @@ def _cached(config: RunConfig) -> Path | None:
 
 
 def _memory(config: RunConfig, found: Findings) -> None:
-    from transformers import AutoConfig
+    from learner.planning.machine import gpu_memory, memory_lines
+    from learner.planning.shape import read_shape
 
-    from learner.policy.memory_plan import gpu_memory, memory_lines, model_shape
-
-    model = config.model
-    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    directory = Path(model.path) if Path(model.path).is_dir() else _cached(config)
-    text_config = AutoConfig.from_pretrained(model.path, **options).get_text_config()
-    shape = None if directory is None else model_shape(directory, text_config)
-    if shape is None:
-        found.unchecked.append(f"memory: there are no *.safetensors files of {model.path} here to count parameters in")
-    else:
-        found.shown += memory_lines(config, shape, gpu_memory())
+    found.shown += memory_lines(config, read_shape(config.model), gpu_memory())
 
 
 def _rows(config: RunConfig, found: Findings) -> dict[Split, list[Row]] | None:

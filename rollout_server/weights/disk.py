@@ -12,5 +12,8 @@ def receive(update: DiskUpdate, deadline: float) -> Arrived:
         DamagedWeights: it is not what was sent.
         OSError: it cannot be read.
     """
-    verify(update.path, update.checksum)
+    try:
+        verify(update.path, update.checksum)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{update.path} is not there: does this machine see that directory?") from None
     return Arrived({"path": update.path}, update.checksum)

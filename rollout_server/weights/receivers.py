@@ -6,15 +6,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from common.weights.updates import DiskUpdate, HostUpdate, WeightUpdate
+from common.weights.gloo_group import TransferInterrupted
+from common.weights.updates import DiskUpdate, GlooUpdate, HostUpdate, WeightUpdate
 from common.weights.weight_file import DamagedWeights
 from rollout_server.weights import disk, host
+from rollout_server.weights.gloo import GlooReceiver
 from rollout_server.weights.receiver import Arrived
 
 log = logging.getLogger("e3rl.engine")
 
 TRIES = 2
-TRANSIENT = (OSError, DamagedWeights)
+RETRY_PAUSE_SECONDS = 0.5
+"""A network's file system may show a change that much later."""
+TRANSIENT = (OSError, DamagedWeights, TransferInterrupted)
 
 
 class Receivers:
@@ -22,6 +26,7 @@ class Receivers:
 
     def __init__(self) -> None:
         self.retries = 0
+        self._gloo = GlooReceiver()
 
     @asynccontextmanager
     async def receiving(self, update: WeightUpdate, deadline_seconds: float) -> AsyncIterator[Arrived]:
@@ -31,7 +36,7 @@ class Receivers:
 
         Raises:
             NotReachable: this replica can never get them by this transport.
-            DamagedWeights, OSError: they did not arrive as they were sent, twice.
+            DamagedWeights, OSError, TransferInterrupted: they did not arrive as they were sent, twice.
         """
         deadline = time.monotonic() + deadline_seconds
         receiving = asyncio.ensure_future(asyncio.to_thread(self._receive, update, deadline))
@@ -48,21 +53,23 @@ class Receivers:
     def _receive(self, update: WeightUpdate, deadline: float) -> Arrived:
         for left in reversed(range(TRIES)):
             try:
-                return _receive_once(update, deadline)
+                return self._receive_once(update, deadline)
             except TRANSIENT as error:
                 if not left or time.monotonic() >= deadline:
                     raise
                 self.retries += 1
                 log.warning("weights of version %d are received once more: %s", update.version, error)
+                time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
 
-
-def _receive_once(update: WeightUpdate, deadline: float) -> Arrived:
-    match update:
-        case HostUpdate():
-            return host.receive(update, deadline)
-        case DiskUpdate():
-            return disk.receive(update, deadline)
+    def _receive_once(self, update: WeightUpdate, deadline: float) -> Arrived:
+        match update:
+            case HostUpdate():
+                return host.receive(update, deadline)
+            case DiskUpdate():
+                return disk.receive(update, deadline)
+            case GlooUpdate():
+                return self._gloo.receive(update, deadline)
 
 
 def _close(receiving: "asyncio.Future[Arrived]") -> None:

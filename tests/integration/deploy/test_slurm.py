@@ -42,9 +42,8 @@ mine = [
 [worker] = [process for process in mine if "--head" not in process.cmdline()]
 worker.kill()
 deadline = time.monotonic() + 120
-while nodes() <= before and time.monotonic() < deadline:
-    time.sleep(0.2)
-while len(nodes()) < 2 and time.monotonic() < deadline:
+# For a while both may be there: the new one, and the one of which it is not yet known that it is gone.
+while (nodes() == before or len(nodes()) != 2) and time.monotonic() < deadline:
     time.sleep(0.2)
 work()
 print("worked before and after", flush=True)

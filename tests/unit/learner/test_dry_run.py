@@ -2,8 +2,8 @@
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from common.config import RunConfig, dump_yaml, load_config
 from common.manifest import write_manifest
 from learner.loop.driver_state import DriverState, save_state
+from learner.planning.machine import memory_lines
+from learner.planning.memory import GIB
+from learner.planning.shape import ModelShape
 from learner.policy.batching import plan_microbatches
-from learner.policy.memory_plan import GIB, ModelShape, memory_lines
 from learner.run.run_directory import RunDirectory
 from learner.run.sizes import derived_sizes
 from learner.train import main
@@ -172,40 +174,28 @@ def test_micro_batches_are_never_more_than_shown(ranks: int, tokens: int):
     assert text.startswith(f"at most {minibatches * max(map(len, planned))} = ")
 
 
-SHAPE = ModelShape(parameters=GIB, layers=2, hidden=64, vocabulary=512, kv_heads=2, head_dim=16)
-
-
-@pytest.mark.parametrize(
-    ("changes", "parts"),
-    [
-        ({"zero_stage": 0}, ["4.00 GiB weights", "4.00 GiB gradients", "8.00 GiB optimizer"]),
-        ({"zero_stage": 1, "ranks": 2}, ["4.00 GiB weights", "4.00 GiB gradients", "4.00 GiB optimizer"]),
-        ({"zero_stage": 2, "ranks": 4}, ["4.00 GiB weights", "1.00 GiB gradients", "2.00 GiB optimizer"]),
-        ({"zero_stage": 3, "ranks": 4}, ["1.00 GiB weights", "1.00 GiB gradients", "2.00 GiB optimizer"]),
-        ({"objective": {"kind": "clipped", "kl_coefficient": 0.1}}, ["4.00 GiB reference policy"]),
-    ],
-)
-def test_training_state_is_divided_among_the_ranks_as_zero_does(changes: dict[str, Any], parts: list[str]):
-    text = dict(memory_lines(run_config(learner=changes), SHAPE, []))["memory of a learner rank"]
-    for part in parts:
-        assert part in text
-
-
-def test_bfloat16_keeps_a_master_copy_and_sums_gradients_as_it_is_told():
-    for dtype, gradients in (("float32", "4.00"), ("bfloat16", "2.00")):
-        config = run_config(model={"dtype": "bfloat16"}, learner={"zero_stage": 1, "grad_accum_dtype": dtype})
-        text = dict(memory_lines(config, SHAPE, []))["memory of a learner rank"]
-        for part in ("2.00 GiB weights", f"{gradients} GiB gradients", "12 GiB optimizer"):
-            assert part in text
+def shape(parameters: int) -> ModelShape:
+    """Two layers with two heads of keys and values, of 16 numbers each: 512 bytes a token in float32."""
+    return ModelShape(
+        parameters=parameters,
+        multiplied=parameters,
+        layers=2,
+        hidden=64,
+        intermediate=128,
+        vocabulary=512,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+    )
 
 
 def test_a_machine_that_is_too_small_and_a_cache_that_is_are_told():
-    large = ModelShape(parameters=10**13, layers=2, hidden=64, vocabulary=512, kv_heads=2, head_dim=16)
-    assert dict(memory_lines(run_config(), large, []))["this machine"].endswith("THIS MACHINE IS TOO SMALL")
-    assert "TOO SMALL" in dict(memory_lines(run_config(), SHAPE, [80 * GIB]))["this machine"]
-    assert "TOO SMALL" not in dict(memory_lines(run_config(), SHAPE, [80 * GIB] * 2))["this machine"]
-    # Two heads of 16 in two layers: 512 bytes a token in float32, and 161 tokens a response.
-    cache = dict(memory_lines(run_config(), SHAPE, []))["KV cache of a replica"]
-    assert cache.startswith(f"room for {GIB // (512 * 161):,} responses")
-    wide = ModelShape(parameters=1, layers=64, hidden=8192, vocabulary=512, kv_heads=64, head_dim=128)
+    small = shape(GIB)
+    assert dict(memory_lines(run_config(), shape(10**13), []))["this machine"].endswith("THIS MACHINE IS TOO SMALL")
+    assert "TOO SMALL" in dict(memory_lines(run_config(), small, [80 * GIB]))["this machine"]
+    assert "TOO SMALL" not in dict(memory_lines(run_config(), small, [80 * GIB] * 2))["this machine"]
+    # A response has 161 tokens: six blocks of 32.
+    cache = dict(memory_lines(run_config(), small, []))["KV cache of a replica"]
+    assert cache.startswith(f"room for {GIB // (512 * 32) // 6:,} responses")
+    wide = replace(small, layers=64, kv_heads=64, head_dim=128)
     assert dict(memory_lines(run_config(), wide, []))["KV cache of a replica"].endswith("computed again")

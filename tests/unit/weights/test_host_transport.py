@@ -1,28 +1,24 @@
 """The `host` transport: what a replica receives, which file stays how long, and machines that share no memory."""
 
+import asyncio
 import os
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from common.weights import HostUpdate, WeightUpdate
-from common.weights.weight_file import DamagedWeights, ParameterShape
+from common.weights import HostUpdate
+from common.weights.weight_file import DamagedWeights
 from learner.weights import host as sending
 from learner.weights.host import HostPublisher, remove_weight_leftovers, weight_directory
-from learner.weights.publisher import Parameters, Publisher
 from rollout_server.weights import host as receiving
 from rollout_server.weights.receiver import NotReachable
 from rollout_server.weights.receivers import Receivers
+from tests.weights import published, received
 
 
 @pytest.fixture(autouse=True)
@@ -32,27 +28,10 @@ def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def parameters(version: int, size: int = 5) -> Parameters:
-    tensors = {name: torch.full((size, 3), float(version)) for name in ("a", "b")}
-
-    @contextmanager
-    def gather(name: str) -> Iterator[Tensor]:
-        yield tensors[name]
-
-    return Parameters([ParameterShape(n, tuple(t.shape), t.dtype) for n, t in tensors.items()], gather)
-
-
-def publish(publisher: Publisher, version: int, size: int = 5) -> HostUpdate:
-    given = parameters(version, size)
-    update = publisher.begin(version, given)
+def publish(publisher: HostPublisher, version: int, size: int = 5) -> HostUpdate:
+    update = published(publisher, version, size)
     assert isinstance(update, HostUpdate)
-    return update.model_copy(update={"checksum": publisher.publish(version, given).checksum})
-
-
-async def received(update: WeightUpdate) -> dict[str, Tensor]:
-    async with Receivers().receiving(update, 10.0) as arrived:
-        assert arrived.checksum == update.checksum
-        return load_file(arrived.update_info["path"])
+    return update
 
 
 async def test_each_version_stays_until_the_next_is_everywhere(shared_memory: Path) -> None:
@@ -182,8 +161,6 @@ async def test_who_waits_no_longer_keeps_nothing_open(monkeypatch: pytest.Monkey
     publisher = HostPublisher()
     update = publish(publisher, 1)
     monkeypatch.setattr(receiving, "verify", lambda path, checksum: time.sleep(0.2))
-    import asyncio
-
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01), Receivers().receiving(update, 10.0):
             pytest.fail("received in no time")
