@@ -93,7 +93,7 @@ class Generation:
         everything = asyncio.create_task(self._everything())
         everything.add_done_callback(self._ended)
         try:
-            while True:
+            while self._fresh or not everything.done():
                 await self._wake.wait()
                 self._wake.clear()
                 fresh, self._fresh = self._fresh, {}
@@ -105,9 +105,7 @@ class Generation:
                     await slices.turn()
                 if batch:
                     yield batch
-                elif everything.done() and not self._fresh:
-                    await everything
-                    return
+            await everything
         finally:
             everything.cancel()
             await asyncio.gather(everything, return_exceptions=True)
