@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from vllm import RequestOutput
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -21,6 +21,7 @@ from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.engine.errors import CannotSample, EngineClosed, GenerationAborted, PromptTooLong, WeightSyncError
+from rollout_server.engine.group_members import GroupMembers
 from rollout_server.engine.launch import engine_args, eos_token_ids, prepare_environment
 from rollout_server.engine.listener import Listener, PromptScores
 from rollout_server.engine.plain_requests import PlainRequests
@@ -67,6 +68,7 @@ class ErasableEngine:
         self._rollback = ResubmitRollback(
             llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
         )
+        self._members = GroupMembers()
         self._plain = PlainRequests(llm, finish=sentinel_ids[1])
         self._receiver = asyncio.create_task(inbox.receive(self._deliver))
         self._admitting = asyncio.Event()
@@ -118,8 +120,9 @@ class ErasableEngine:
             EngineClosed: by `close`, while the response waited for a sync or a pause to end.
         """
         self._check(request)
-        async with self._admitted():
-            return await self._generate(request, listener)
+        with nullcontext() if request.policy is None else self._members.member(request.group_id):
+            async with self._admitted():
+                return await self._generate(request, listener)
 
     async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None = None) -> PromptScores:
         """Log-probs of a prompt's tokens, each given those before it.
@@ -185,19 +188,21 @@ class ErasableEngine:
         try:
             return await self._rollback.generate(request, listener)
         finally:
-            if len(self._rollback.aborted) >= RELEASE_AFTER:
+            if len(self._rollback.aborted) + len(self._members) >= RELEASE_AFTER:
                 await self.settle()
 
     async def settle(self) -> None:
-        """Release what aborted submissions hold in the monitor."""
+        """Release what aborted submissions, and groups that lost some of theirs, hold in the monitor."""
         aborted, self._rollback.aborted = self._rollback.aborted, []
-        if not aborted:
+        over = self._members.take_over()
+        if not (aborted or over):
             return
         try:
-            await self._llm.collective_rpc("e3rl_release", args=(aborted,))
+            await self._llm.collective_rpc("e3rl_release", args=(aborted, over))
         except BaseException:
             # Whoever called may be cancelled meanwhile; to release twice does nothing.
             self._rollback.aborted += aborted
+            self._members.put_back(over)
             raise
 
     async def counters(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from common.trajectory import Attempt, ResponseRequest
 from rollout_server.engine.errors import PromptTooLong
 from rollout_server.monitor.spec import statistics_kind
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
+from tests.loop_lag import Held, watching
 from tests.models import tiny_qwen3
 
 POLICY = ErasurePolicy(segmentation=FixedSegmentation(length=8), kappa=0.0, max_erasures=3)
@@ -156,6 +157,35 @@ def test_cancelled_responses_free_their_blocks_and_their_groups(engine: RunningE
     engine.run(cancel_half_way())
     assert engine.counters()["following"] == 0
     assert engine.run(engine.engine.llm.reset_prefix_cache()), "KV blocks are still in use"
+
+
+def test_a_response_that_left_before_it_reached_the_batch_keeps_no_group_open(engine: RunningEngine) -> None:
+    first, *others = group_requests(1, 4, max_tokens=16, seed=23, policy=POLICY, ignore_eos=True)
+
+    async def leave_at_once() -> None:
+        task = asyncio.create_task(engine.engine.generate(first))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    engine.run(leave_at_once())
+    engine.run(engine.engine.settle())
+    engine.generate(others)
+    assert engine.counters()["following"] == 0
+
+
+def test_the_loop_is_not_held_by_many_long_responses_that_are_followed(engine: RunningEngine) -> None:
+    requests = group_requests(1, 64, max_tokens=200, seed=29, policy=POLICY, ignore_eos=True, top_logprobs=20)
+
+    async def generate() -> Held:
+        with watching() as held:
+            await asyncio.gather(*(engine.engine.generate(request, _Listener()) for request in requests))
+            await engine.engine.score(list(range(32, 230)), 20)
+        return held
+
+    engine.run(generate())
+    held = engine.run(generate())
+    assert max(held.loop, held.process) < 0.1, held.callback
 
 
 def test_ten_thousand_requests_leave_nothing_behind(engine: RunningEngine) -> None:
