@@ -11,9 +11,10 @@ from pathlib import Path
 from common.config import ConfigError, RunConfig, build_config
 from common.config.loading import changed, read_assignments, read_yaml, renamed
 from learner.run.errors import InputError, Interrupted, PartError
-from learner.run.run_directory import CONFIG, directory_of
+from learner.run.run_directory import CONFIG, can_continue, directory_of
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+ALWAYS, AUTO = "always", "auto"
 
 EPILOG = """\
 examples:
@@ -26,6 +27,8 @@ examples:
       python -m learner.train --config deploy/configs/qwen3_4b_deepmath.yaml --dry-run
   continue a run that was stopped or killed
       python -m learner.train --config deploy/configs/demo.yaml --resume
+  begin a run, or continue it if it was begun before: the command for a job that may be restarted
+      python -m learner.train --config deploy/configs/demo.yaml --resume auto
   go on from its newest checkpoint under another name, with other settings
       python -m learner.train --config deploy/configs/demo.yaml --fork gentler --set learner.optimizer.epsilon=1e-6
   train, then train the baselines with as many generated tokens, and compare
@@ -56,7 +59,15 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--name", help="the run's name; its files are in runs/NAME")
     how = result.add_argument_group("what to do")
     how.add_argument("--dry-run", action="store_true", help="check all that needs no engine and show what it comes to")
-    how.add_argument("--resume", action="store_true", help="continue the run of that name from its newest checkpoint")
+    how.add_argument(
+        "--resume",
+        nargs="?",
+        const=ALWAYS,
+        choices=(ALWAYS, AUTO),
+        metavar=AUTO,
+        help="continue the run of that name from its newest checkpoint; `--resume auto` begins it if there is none, so "
+        "that whoever restarts a job can give the same command again",
+    )
     how.add_argument(
         "--fork", metavar="NAME", help="go on from that run's newest checkpoint, as a new run NAME with other settings"
     )
@@ -85,7 +96,14 @@ def read_config(options: argparse.Namespace) -> RunConfig:
                 "--config FILE is needed (or --name NAME with --resume or --fork, which takes the stored one)"
             )
         path = Path(str(changes.get("runs_directory", "runs"))) / options.name / CONFIG
+        if options.resume == AUTO and not path.is_file():
+            raise ConfigError(f"--config FILE is needed: there is no {path} to continue, so that the run is to begin")
     return build_config(changed(read_yaml(path), changes))
+
+
+def resumes(config: RunConfig, options: argparse.Namespace) -> bool:
+    """Whether an earlier run is continued: if the command line says so, or leaves it to what is there."""
+    return bool(options.resume == ALWAYS or (options.resume == AUTO and can_continue(config)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             from learner.run.dry_run import dry_run
 
-            wrong = dry_run(config, resume=options.resume, compare=options.compare, source=source)
+            wrong = dry_run(config, resume=resumes(config, options), compare=options.compare, source=source)
             return _fail(BAD_INPUT, "\nerror: ".join(wrong)) if wrong else OK
     except (ConfigError, InputError) as error:
         return _fail(BAD_INPUT, str(error))
@@ -116,9 +134,10 @@ def _train(config: RunConfig, options: argparse.Namespace, source: Path | None) 
         return _fail(INTERRUPTED, "stopped before the run began")
     try:
         if options.compare:
-            training_run.show_comparison(training_run.compare(config, resume=options.resume))
+            # Each of the runs is continued that there is.
+            training_run.show_comparison(training_run.compare(config, resume=options.resume is not None))
         else:
-            training_run.train(config, resume=options.resume, source=source)
+            training_run.train(config, resume=resumes(config, options), source=source)
     except (ConfigError, InputError) as error:
         return _fail(BAD_INPUT, str(error))
     except training_run.RunFailedError as error:

@@ -46,8 +46,9 @@ class FakeRollouts:
 
     async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
         self.calls += 1
+        call = self.calls
         await asyncio.sleep(self.pause_seconds)
-        self.on_generate(self.calls)
+        self.on_generate(call)
         if self.hang:
             try:
                 await asyncio.Event().wait()
@@ -56,7 +57,7 @@ class FakeRollouts:
         self.requests.extend(list(group) for group in groups)
         answers = [self._respond(request) for group in groups for request in group]
         # Answers come in any order.
-        random.Random(self.calls).shuffle(answers)
+        random.Random(call).shuffle(answers)
         for answer in answers:
             await asyncio.sleep(0)
             yield answer

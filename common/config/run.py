@@ -264,13 +264,15 @@ class WarningsConfig(StrictModel):
     """Thresholds of a step's metrics, past which the run says so and goes on. Null: never.
 
     Above `truncated_share` (of responses that were cut off) and `repeated_share` (of their text); below `entropy` (of
-    the policy, in nats) and `reward_spread` (standard deviation of a group's rewards).
+    the policy, in nats) and `reward_spread` (standard deviation of a group's rewards). Above `drop_bias`: by how much
+    more of the responses that took something back are dropped as too old than of the others.
     """
 
     truncated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
     repeated_share: float | None = Field(default=0.5, ge=0.0, le=1.0)
     entropy: float | None = Field(default=0.01, ge=0.0)
     reward_spread: float | None = Field(default=0.001, ge=0.0)
+    drop_bias: float | None = Field(default=0.1, ge=0.0, le=1.0)
 
 
 class CheckpointConfig(StrictModel):
@@ -286,7 +288,11 @@ class CheckpointConfig(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """A whole training run. `preset` changes defaults only; what the file or `--set` says wins over it."""
+    """A whole training run. `preset` changes defaults only; what the file or `--set` says wins over it.
+
+    `max_staleness`: how many versions of the policy a response may be older than the one that it changes. 0: generation
+    and training take turns. From 1 on responses are generated while others are trained on.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)
     preset: Literal["e3rl", "paper", "pretrained", "grpo", "temperature_control"] = "e3rl"
@@ -296,6 +302,7 @@ class RunConfig(StrictModel):
     token_budget: int | None = Field(
         default=None, ge=1, description="Stop once this many tokens have been generated for training."
     )
+    max_staleness: int = Field(default=0, ge=0, le=64)
     model: ModelConfig
     data: Data = ChainData()
     reward: Reward = ChainReward()

@@ -2,7 +2,7 @@
 # Trains on a Slurm allocation: a Ray head on the first node, a Ray worker on each of the others, then the driver.
 # From the project's directory, which all nodes share with its .venv, as with runs/:
 #
-#   sbatch --nodes=1 deploy/slurm/train.sh --config deploy/configs/qwen3_8b_deepmath.yaml
+#   sbatch --nodes=4 deploy/slurm/train.sh --config deploy/configs/qwen3_8b_deepmath_4_nodes.yaml
 #
 # Its arguments are those of learner.train. A job that begins again continues its run (`--resume auto`).
 #   900 s before the time limit   the run stops with a checkpoint, and the job is queued again

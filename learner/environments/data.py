@@ -209,40 +209,31 @@ def _load_hub(data: HuggingFaceData, split: str) -> Any:
 
 
 class PromptStream:
-    """The order in which training draws prompts: epochs, each shuffled by its own seed.
+    """The order in which training comes to prompts: epochs, each shuffled by its own seed, one after the other."""
 
-    A draw that no longer fits into an epoch begins the next one, so that no prompt is twice in one step. The place
-    (`epoch`, `position`) is all there is to a checkpoint: every prompt before it was trained on, none after it.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int, prompts_per_draw: int) -> None:
-        if len(prompts) < prompts_per_draw:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, prompts_per_step: int) -> None:
+        if len(prompts) < prompts_per_step:
             raise InputError(
-                f"{len(prompts)} train prompts are fewer than rollout.groups_per_step ({prompts_per_draw})"
+                f"{len(prompts)} train prompts are fewer than rollout.groups_per_step ({prompts_per_step})"
             )
         self._prompts = prompts
         self._seed = seed
-        self._count = prompts_per_draw
-        self.epoch = 0
-        self.position = 0
+        self._orders: dict[int, list[int]] = {}
 
-    def draw(self) -> list[Prompt]:
-        """The next prompts, each with its place in the epoch's order."""
-        if self.position + self._count > len(self._prompts):
-            self.epoch += 1
-            self.position = 0
-        order = self._order()
-        start = self.position
-        self.position += self._count
-        return [
-            self._prompts[order[place]].model_copy(update={"position": place}) for place in range(start, self.position)
-        ]
+    def __len__(self) -> int:
+        """Prompts of an epoch."""
+        return len(self._prompts)
 
-    def restore(self, epoch: int, position: int) -> None:
-        """Go back to a place that a checkpoint recorded."""
-        self.epoch, self.position = epoch, position
+    def at(self, number: int) -> Prompt:
+        """The prompt whose turn comes after `number` others, with its place in its epoch's order."""
+        epoch, position = divmod(number, len(self._prompts))
+        return self._prompts[self._order(epoch)[position]].model_copy(update={"position": position})
 
-    def _order(self) -> list[int]:
-        order = list(range(len(self._prompts)))
-        random.Random(derive_seed(self._seed, "epoch", self.epoch)).shuffle(order)
-        return order
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = list(range(len(self._prompts)))
+            random.Random(derive_seed(self._seed, "epoch", epoch)).shuffle(order)
+            # Turns of two epochs may be asked for alternately, never of more.
+            self._orders = {known: self._orders[known] for known in self._orders if abs(known - epoch) == 1}
+            self._orders[epoch] = order
+        return self._orders[epoch]

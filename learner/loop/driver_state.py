@@ -11,6 +11,8 @@ from pydantic import Field, ValidationError
 from common import metrics as names
 from common.config import StrictModel
 from learner.evaluation.evaluate import Evaluation
+from learner.loop.drops import DropCounts
+from learner.loop.ledger import LedgerState
 from learner.run.errors import InputError
 from learner.run.run_directory import CHECKPOINT_STATE, RunDirectory, append_line, read_jsonl, write_text
 
@@ -19,17 +21,18 @@ class DriverState(StrictModel):
     """Everything of the driver that decides the next step. All random choices derive from the configured seed and their
     place.
 
-    `epoch` and `position`: the ledger of prompts; those before it were trained on, and none is in flight between
-    steps. `success_rate`: the running success rate of plain responses. `rollouts`: what the rollout side has learnt of
-    the thresholds. `data`: digest of the rows of both splits, without which the ledger means nothing.
+    `ledger`: which prompts were trained, and whose turn is next. `success_rate`: the running success rate of plain
+    responses. `generated_tokens`: for training, those of dropped responses, too. `drops`: how many were dropped.
+    `rollouts`: what the rollout side has learnt of the thresholds. `data`: digest of the rows of both splits, without
+    which the ledger means nothing.
     """
 
     step: int = 0
     policy_version: int = 0
-    epoch: int = 0
-    position: int = 0
+    ledger: LedgerState = LedgerState()
     success_rate: float = 0.0
     generated_tokens: int = 0
+    drops: DropCounts = DropCounts()
     rollouts: list[Any] = Field(default_factory=list)
     data: str = ""
 
@@ -54,7 +57,7 @@ def newest_state(directory: RunDirectory) -> DriverState:
 
 
 class RunRecord:
-    """`metrics.jsonl`, `evaluations.jsonl` and the TensorBoard events of a run."""
+    """`metrics.jsonl`, `evaluations.jsonl`, `ledger.jsonl` and the TensorBoard events of a run."""
 
     def __init__(self, directory: RunDirectory, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -80,6 +83,10 @@ class RunRecord:
             if value is not None and name != names.STEP:
                 self._tensorboard.add_scalar(name, value, metrics[names.STEP])
         self._tensorboard.flush()
+
+    def add_turns(self, line: Mapping[str, Any]) -> None:
+        """Append which turns one step trained and dropped."""
+        append_line(self._directory.ledger, json.dumps(line))
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         """Append one evaluation."""

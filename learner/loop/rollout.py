@@ -1,11 +1,11 @@
 """From requests to groups: what the driver asks of the rollout side."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import cast
 
-from common.config.run import RunConfig
 from common.interfaces import Rollouts
 from common.packed import Group, PackedResponse
 from common.trajectory import Prompt, ResponseRequest
@@ -14,37 +14,76 @@ GRACE_SECONDS = 30.0
 Stream = AsyncGenerator[PackedResponse, None]
 
 
+class Progress:
+    """When the rollout side last gave a response, whoever waited for it.
+
+    A response may wait for a place as long as others finish. Where none does for `seconds`, all that wait give up.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._last = time.monotonic()
+        self._waiting = 0
+        self._held = 0
+
+    @property
+    def left(self) -> float:
+        """Seconds that may pass until the next response."""
+        return self.seconds if self._held else self._last + self.seconds - time.monotonic()
+
+    def made(self) -> None:
+        """A response has arrived."""
+        self._last = time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Somebody waits for responses; the time before the first one who does so does not count."""
+        if not self._waiting:
+            self.made()
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No response is to be expected: a weight sync, which has a deadline of its own."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            self.made()
+
+
 async def generate_groups(
     rollouts: Rollouts,
-    config: RunConfig,
     prompts: Sequence[Prompt],
     requests: Sequence[Sequence[ResponseRequest]],
-    finished: Callable[[PackedResponse], None] = lambda trajectory: None,
-    grace_seconds: float = GRACE_SECONDS,
+    progress: Progress,
+    finished: Callable[[PackedResponse], None] = lambda response: None,
 ) -> list[Group]:
     """All responses, in the order of the requests, whatever the order in which they finish.
 
     `prompts` and `requests` go together. `finished` gets each response as it arrives. The rollout side watches over its
-    replicas; here the next response is waited for no longer than that watch and `grace_seconds`. Raises TimeoutError
-    that says how many responses are missing, and RuntimeError if the rollout side ends early or answers what was not
-    asked for.
+    replicas; here the next response is waited for as long as there is `progress`. Raises TimeoutError that says how
+    many responses are missing, and RuntimeError if the rollout side ends early or answers what was not asked for.
     """
     wanted = {(r.group_id, r.sample) for group in requests for r in group}
     found: dict[tuple[str, int], PackedResponse] = {}
-    seconds = config.rollout.engine.response_seconds + grace_seconds
-    clock = asyncio.get_running_loop().time
-    try:
-        async with asyncio.timeout(seconds) as deadline:
-            # Leaving early must end the generator at once, so that its requests are cancelled.
-            async with aclosing(cast(Stream, rollouts.generate(requests))) as trajectories:
-                async for trajectory in trajectories:
-                    found[trajectory.group_id, trajectory.sample] = trajectory
-                    finished(trajectory)
-                    deadline.reschedule(clock() + seconds)
-    except TimeoutError as error:
-        raise TimeoutError(
-            f"{len(wanted) - len(found)} of {len(wanted)} responses are missing, and none arrived within {seconds:g} s"
-        ) from error
+    # Leaving early must end the generator at once, so that its requests are cancelled.
+    async with aclosing(cast(Stream, rollouts.generate(requests))) as responses:
+        with progress.waiting():
+            try:
+                while (response := await _next(responses, progress)) is not None:
+                    found[response.group_id, response.sample] = response
+                    finished(response)
+            except TimeoutError as error:
+                raise TimeoutError(
+                    f"{len(wanted) - len(found)} of {len(wanted)} responses are missing, and none arrived within "
+                    f"{progress.seconds:g} s"
+                ) from error
     if found.keys() != wanted:
         missing, strange = len(wanted - found.keys()), len(found.keys() - wanted)
         raise RuntimeError(f"{missing} of {len(wanted)} responses are missing, {strange} were not asked for")
@@ -52,3 +91,19 @@ async def generate_groups(
         Group(prompt=prompt, trajectories=[found[r.group_id, r.sample] for r in group])
         for prompt, group in zip(prompts, requests, strict=True)
     ]
+
+
+async def _next(responses: Stream, progress: Progress) -> PackedResponse | None:
+    """The next response, None after the last. Raises TimeoutError where nobody gets one any more."""
+    arriving = asyncio.ensure_future(anext(responses, None))
+    try:
+        while not arriving.done():
+            if progress.left <= 0.0:
+                raise TimeoutError
+            await asyncio.wait({arriving}, timeout=progress.left)
+        progress.made()
+        return arriving.result()
+    finally:
+        if not arriving.done():
+            arriving.cancel()
+            await asyncio.gather(arriving, return_exceptions=True)

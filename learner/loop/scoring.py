@@ -22,18 +22,15 @@ FETCH_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Groups whose responses have their text and reward, and how many rewards are 0 because there was none."""
+    """Groups whose responses have their text and reward, and how many rewards of each are 0 as there was none."""
 
     groups: list[Group]
-    tally: Tally
+    tallies: list[Tally]
 
     @property
-    def metrics(self) -> dict[str, int]:
-        return {
-            names.REWARD_TIMEOUTS: self.tally.timeouts,
-            names.REWARD_ERRORS: self.tally.errors,
-            names.REWARD_UNUSABLE_ANSWERS: self.tally.unusable_answers,
-        }
+    def tally(self) -> Tally:
+        """Of all groups."""
+        return joined(self.tallies)
 
     def __str__(self) -> str:
         """What a line about the rewards ends with."""
@@ -46,8 +43,29 @@ class Scored:
         return "".join(texts)
 
 
+def joined(tallies: Sequence[Tally]) -> Tally:
+    """The sum of tallies."""
+    return Tally(
+        responses=sum(tally.responses for tally in tallies),
+        timeouts=sum(tally.timeouts for tally in tallies),
+        errors=sum(tally.errors for tally in tallies),
+        unusable_answers=sum(tally.unusable_answers for tally in tallies),
+    )
+
+
+def reward_metrics(tally: Tally) -> dict[str, int]:
+    """How many rewards of a step are 0 because there was none."""
+    return {
+        names.REWARD_TIMEOUTS: tally.timeouts,
+        names.REWARD_ERRORS: tally.errors,
+        names.REWARD_UNUSABLE_ANSWERS: tally.unusable_answers,
+    }
+
+
 class Scoring:
     """The rewards of one rollout: `add` every response as it finishes, then `finish`.
+
+    `judged`: the rewards that say whether so many fail that the run should end, which may be more than this rollout's.
 
     An asynchronous context manager: leaving it cancels what is still being scored.
     """
@@ -56,14 +74,15 @@ class Scoring:
         self,
         rewards: Rewards,
         prompts: Sequence[Prompt],
-        responses: int,
+        judged: Tally,
         step: int,
     ) -> None:
         self._rewards = rewards
         self._prompts = {prompt.id: prompt for prompt in prompts}
         self._step = step
         self._scores: dict[Key, asyncio.Task[Score]] = {}
-        self._tally = Tally(responses)
+        self._judged = judged
+        self._tallies: dict[str, Tally] = {}
         self._failure: PartError | None = None
 
     async def __aenter__(self) -> Self:
@@ -84,7 +103,9 @@ class Scoring:
         if prompt is None or key in self._scores:
             # Nobody asked for it; whoever collects the responses says so.
             return
-        self._scores[key] = asyncio.create_task(self._score(prompt, response))
+        tally = self._tallies.setdefault(response.group_id, Tally(0))
+        tally.responses += 1
+        self._scores[key] = asyncio.create_task(self._score(prompt, response, tally))
 
     async def finish(self, groups: Sequence[Group]) -> Scored:
         """The groups, each response of which was added, with texts and rewards. Raises PartError if some have none."""
@@ -92,9 +113,10 @@ class Scoring:
         while pending:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
             self._raise_failure()
-        return Scored([self._rewarded(group) for group in groups], self._tally)
+        tallies = [self._tallies[group.trajectories[0].group_id] for group in groups]
+        return Scored([self._rewarded(group) for group in groups], tallies)
 
-    async def _score(self, prompt: Prompt, response: PackedResponse) -> Score:
+    async def _score(self, prompt: Prompt, response: PackedResponse, tally: Tally) -> Score:
         try:
             with part("reward", self._step):
                 item = RewardItem(
@@ -108,8 +130,9 @@ class Scoring:
                     row=prompt.columns,
                 )
                 score = await self._rewards.score(item)
-                self._tally.count(score)
-                self._rewards.judge(self._tally)
+                tally.count(score)
+                self._judged.count(score)
+                self._rewards.judge(self._judged)
                 return score
         except PartError as error:
             self._failure = self._failure or error

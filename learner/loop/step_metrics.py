@@ -11,12 +11,17 @@ from common.packed import HAS_THRESHOLD, JUDGED, Group, PackedResponse
 from learner.environments.step_checks import StepCounts
 
 
-def rollout_metrics(groups: Sequence[Group], first_treated: int, counts: StepCounts | None) -> dict[str, float | None]:
+def rollout_metrics(
+    groups: Sequence[Group], first_treated: Sequence[int], counts: StepCounts | None
+) -> dict[str, float | None]:
     """Rewards, tokens, erasures and thresholds of a step; a mean over nothing is None.
 
-    Responses of each group from sample `first_treated` on were treated. `counts`: null where steps can't be checked.
+    Responses of a group from its sample `first_treated` on were treated. `counts`: null where steps can't be checked.
     """
     responses = [trajectory for group in groups for trajectory in group.trajectories]
+    pairs = list(zip(groups, first_treated, strict=True))
+    plain = [response for group, first in pairs for response in group.trajectories if response.sample < first]
+    treated = [response for group, first in pairs for response in group.trajectories if response.sample >= first]
     measured = sum(t.behaviour_tokens for t in responses)
     return {
         names.GENERATED_TOKENS: sum(t.generated_tokens for t in responses),
@@ -29,10 +34,10 @@ def rollout_metrics(groups: Sequence[Group], first_treated: int, counts: StepCou
         names.TRUNCATED_SHARE: fmean(t.finish_reason == "length" for t in responses),
         names.REPEATED_SHARE: fmean(t.repeated_share for t in responses),
         names.ENTROPY: -sum(t.behaviour_logprob_sum for t in responses) / measured if measured else None,
-        names.TREATED_SHARE: fmean(t.sample >= first_treated for t in responses),
+        names.TREATED_SHARE: len(treated) / len(responses),
         names.REWARD_MEAN: _mean(_rewards(responses)),
-        names.REWARD_PLAIN: _mean(_rewards([t for t in responses if t.sample < first_treated])),
-        names.REWARD_TREATED: _mean(_rewards([t for t in responses if t.sample >= first_treated])),
+        names.REWARD_PLAIN: _mean(_rewards(plain)),
+        names.REWARD_TREATED: _mean(_rewards(treated)),
         names.RESPONSE_TOKENS: fmean(t.response_tokens for t in responses),
         names.UNCERTAINTY_MEAN: _mean(_column(responses, "uncertainty", JUDGED)),
         names.THRESHOLD_MEAN: _mean(_column(responses, "threshold", HAS_THRESHOLD)),

@@ -1,11 +1,14 @@
 """Which responses of a group are treated, and the requests that follow from it (`algorithm.md`, section 6)."""
 
+from collections.abc import Sequence
+
 from common.config.data import ErasureTreatment, GroupShare, ShareAdaptive, TemperatureTreatment
 from common.config.run import RunConfig
 from common.packed import Group
 from common.seeds import derive_seed
-from common.trajectory import Prompt, ResponseRequest
+from common.trajectory import ResponseRequest
 from learner.environments.step_checks import checks_steps
+from learner.loop.ledger import Draw
 
 
 class TreatedShare:
@@ -33,14 +36,14 @@ class TreatedShare:
         self.success_rate = decay * self.success_rate + (1.0 - decay) * plain_successes / plain_responses
 
 
-def training_requests(config: RunConfig, step: int, prompt: Prompt, share_applies: bool) -> list[ResponseRequest]:
-    """One group's requests: plain members first, then the treated ones.
+def training_requests(config: RunConfig, draw: Draw, share_applies: bool) -> list[ResponseRequest]:
+    """The requests of one turn's group: plain members first, then the treated ones.
 
     Plain members carry the policy without being erasable. They are generated token for token as by plain vLLM, and
     the monitor records what the learner needs: behaviour log-probs, and segments with their U, which feed the
     group's statistics.
     """
-    rollout = config.rollout
+    rollout, prompt = config.rollout, draw.prompt
     first_treated = first_treated_sample(config, share_applies)
     treatment = rollout.treatment
     requests = []
@@ -52,10 +55,10 @@ def training_requests(config: RunConfig, step: int, prompt: Prompt, share_applie
         requests.append(
             ResponseRequest(
                 prompt_id=prompt.id,
-                group_id=f"{step}-{prompt.id}",
+                group_id=draw.group_id,
                 group_size=rollout.responses_per_group,
                 sample=sample,
-                seed=derive_seed(config.seed, step, prompt.id, sample),
+                seed=derive_seed(config.seed, *draw.seed_place, sample),
                 prompt_token_ids=prompt.token_ids,
                 max_tokens=rollout.max_response_tokens,
                 temperature=temperature,
@@ -69,13 +72,14 @@ def training_requests(config: RunConfig, step: int, prompt: Prompt, share_applie
 
 
 def first_treated_sample(config: RunConfig, share_applies: bool) -> int:
-    """Samples from this index on were treated in a step."""
+    """Samples of a group from this index on are treated."""
     return config.rollout.responses_per_group - (config.treated_per_group if share_applies else 0)
 
 
-def plain_outcome(groups: list[Group], first_treated: int, success_threshold: float) -> tuple[int, int]:
-    """(successes, responses) of the plain members."""
-    rewards = [t.reward for group in groups for t in group.trajectories if t.sample < first_treated]
+def plain_outcome(groups: Sequence[Group], first_treated: Sequence[int], success_threshold: float) -> tuple[int, int]:
+    """(successes, responses) of the plain members; `first_treated` is of each group."""
+    pairs = zip(groups, first_treated, strict=True)
+    rewards = [t.reward for group, first in pairs for t in group.trajectories if t.sample < first]
     return sum(is_success(reward, success_threshold) for reward in rewards), len(rewards)
 
 

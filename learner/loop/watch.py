@@ -23,6 +23,13 @@ _LIMITS = (
     _Limit("truncated_share", names.TRUNCATED_SHARE, True, "of the responses were cut off at max_response_tokens"),
     _Limit("repeated_share", names.REPEATED_SHARE, True, "of the text is repetition of what the response said before"),
     _Limit("entropy", names.ENTROPY, False, "nats of entropy are left in the policy: it samples the same every time"),
+    _Limit(
+        "drop_bias",
+        names.DROP_BIAS,
+        True,
+        "more of the responses that took something back were dropped as too old than of the others: training comes to "
+        "see less of what erasure does",
+    ),
     _Limit("reward_spread", names.REWARD_SPREAD, False, "is how far a group's rewards differ: nothing to learn from"),
 )
 

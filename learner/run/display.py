@@ -106,7 +106,7 @@ class Display:
                 f"plain success {metrics[names.PLAIN_SUCCESS_RATE]:.3f}",
                 f"erase rate {metrics[names.ERASE_RATE]:.3f}",
                 f"weights v{metrics[names.POLICY_VERSION]}",
-                f"{metrics[names.TOKENS_PER_SECOND]:,.0f} tokens/s",
+                f"{metrics[names.TOKENS_PER_SECOND] or 0.0:,.0f} tokens/s",
                 f"step {metrics[names.STEP_SECONDS]:.1f} s",
                 f"sync {metrics[names.SYNC_SECONDS]:.2f} s",
                 f"{minutes}:{seconds:02d} left",

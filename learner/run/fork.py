@@ -8,6 +8,7 @@ from pathlib import Path
 from common.config import RunConfig
 from common.manifest import DamagedError, verify_manifest, write_manifest
 from learner.loop.driver_state import DriverState, save_state
+from learner.loop.ledger import LedgerState
 from learner.run.errors import InputError, writing
 from learner.run.run_directory import (
     CHECKPOINT_STATE,
@@ -60,7 +61,9 @@ def fork(source: Path, directory: RunDirectory, config: RunConfig, data: str) ->
     told: list[str] = []
     step, state = _copy_newest(source, directory, data, told)
     changed = [(key, line.strip()) for key, line in differences(before, config) if key != "name"]
-    kept = {"metrics.jsonl": True, "evaluations.jsonl": _measures_the_same([key for key, _ in changed], state, data)}
+    same_data = state.data in ("", data)
+    same_measure = _measures_the_same([key for key, _ in changed], state, data)
+    kept = {"metrics.jsonl": True, "ledger.jsonl": same_data, "evaluations.jsonl": same_measure}
     for name, keep in kept.items():
         if keep and (lines := [line for line in read_jsonl(source / name) if line["step"] <= step]):
             write_text(directory.path / name, "".join(json.dumps(line) + "\n" for line in lines))
@@ -104,7 +107,7 @@ def _copy_newest(source: Path, directory: RunDirectory, data: str, told: list[st
             copy.rename(partial)
             if state.data not in ("", data):
                 told.append(f"the data is not that of {source}: it is read from its beginning")
-                save_state(partial, state.model_copy(update={"epoch": 0, "position": 0, "data": data}))
+                save_state(partial, state.model_copy(update={"ledger": LedgerState(), "data": data}))
                 write_manifest(partial)
         return step, state
     raise InputError("\n".join([*told, f"{source} has no checkpoint that is whole"]))

@@ -49,8 +49,9 @@ _CHANGEABLE = tuple(f"{setting}." for setting in CHANGEABLE_ON_RESUME)
 class RunDirectory:
     """One run's files. Made by `create` or `resume`, which lock it; `close` gives it back.
 
-    `config.yaml`, `metrics.jsonl`, `evaluations.jsonl`, `report.json`, TensorBoard events in `tensorboard/`,
-    `trajectories/step_N.parquet`, `checkpoints/step_N/`, `plots/*.png`, `log/`, and `policy/`, the final model.
+    `config.yaml`, `metrics.jsonl`, `evaluations.jsonl`, `ledger.jsonl`, `report.json`, TensorBoard events in
+    `tensorboard/`, `trajectories/step_N.parquet`, `checkpoints/step_N/`, `plots/*.png`, `log/`, and `policy/`, the
+    final model.
     """
 
     def __init__(self, path: Path, lock: FileLock) -> None:
@@ -64,6 +65,7 @@ class RunDirectory:
         self.policy = path / "policy"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.ledger = path / "ledger.jsonl"
         self.report = path / "report.json"
 
     @classmethod
@@ -160,7 +162,7 @@ class RunDirectory:
 
     def truncate(self, step: int) -> None:
         """Forget everything after `step` steps: it is about to be done again."""
-        for path in filter(Path.exists, (self.metrics, self.evaluations)):
+        for path in filter(Path.exists, (self.metrics, self.evaluations, self.ledger)):
             kept = [line for line in read_jsonl(path) if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         for path in self.trajectories.glob("step_*.parquet"):
@@ -179,6 +181,8 @@ class RunDirectory:
         shutil.rmtree(gone)
 
     def _prepare(self, config: RunConfig) -> None:
+        # First: a directory with anything else but no configuration could be neither resumed nor begun.
+        write_text(self.path / CONFIG, dump_yaml(config))
         with writing(self.path):
             for directory in (self.log, self.tensorboard, self.trajectories, self.checkpoints, self.plots):
                 directory.mkdir(exist_ok=True)
@@ -189,7 +193,6 @@ class RunDirectory:
                         old.rename(path)
                 for partial in place.glob(f"*{PARTIAL}"):
                     shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        write_text(self.path / CONFIG, dump_yaml(config))
 
 
 def directory_of(config: RunConfig) -> Path:
@@ -212,6 +215,12 @@ def check_unused(config: RunConfig) -> None:
 def holds_run(path: Path) -> bool:
     """Whether a directory holds more than the configuration that a dry run leaves."""
     return path.is_dir() and any(entry.name not in (CONFIG, LOCK) for entry in path.iterdir())
+
+
+def can_continue(config: RunConfig) -> bool:
+    """Whether the run's directory holds a run, however little of it, that can be resumed."""
+    path = directory_of(config)
+    return (path / CONFIG).is_file() and holds_run(path)
 
 
 def write_dry_run(config: RunConfig) -> Path | None:

@@ -21,8 +21,10 @@ from learner.environments.rewards import Rewards, make_rewards, row_check
 from learner.environments.rows import Row, with_columns
 from learner.environments.tasks import SPLITS, Split
 from learner.evaluation.comparison import comparison_baselines
-from learner.loop.driver import Driver, Parts, is_finished
+from learner.loop.driver import Driver
 from learner.loop.driver_state import DriverState, RunRecord, newest_state
+from learner.loop.parts import Parts
+from learner.loop.trainer import is_finished
 from learner.policy.group import LearnerGroup
 from learner.policy.model_directory import check_model, ensure_model, is_made_first, load_tokenizer, with_absolute_model
 from learner.run.cluster import ray_cluster

@@ -10,7 +10,7 @@ import yaml
 from common.config import ConfigError, RunConfig, build_config, dump_yaml, load_config, variant
 from common.config.loading import PRESETS, merge, parse_assignment
 from learner.run.sizes import derived_sizes
-from learner.train import main, parser, read_config
+from learner.train import main, parser, read_config, resumes
 from tests.configs import SETTINGS, run_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -292,6 +292,36 @@ def test_a_dry_run_leaves_an_existing_run_alone(
     assert main(["--config", str(ROOT / "deploy/configs/demo.yaml"), "--dry-run"]) == 0
     assert "already holds a run" in capsys.readouterr().out
     assert (run / "config.yaml").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("given", "holds", "expected"),
+    [
+        ([], "metrics.jsonl", False),
+        (["--resume"], "metrics.jsonl", True),
+        (["--resume"], None, True),
+        (["--resume", "auto"], "metrics.jsonl", True),
+        (["--resume=auto"], "log", True),
+        (["--resume", "auto"], ".lock", False),
+        (["--resume", "auto"], None, False),
+    ],
+)
+def test_resume_auto_continues_what_there_is_and_begins_what_there_is_not(
+    tmp_path: Path, given: list[str], holds: str | None, expected: bool
+):
+    config = run_config(name="run", runs_directory=str(tmp_path / "runs"))
+    if holds is not None:
+        (tmp_path / "runs" / "run").mkdir(parents=True)
+        (tmp_path / "runs" / "run" / "config.yaml").write_text(dump_yaml(config))
+        (tmp_path / "runs" / "run" / holds).touch()
+    assert resumes(config, parser().parse_args(["--name", "run", *given])) == expected
+
+
+def test_resume_auto_needs_a_file_to_begin_a_run_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--name", "run", "--resume", "auto", "--set", f"runs_directory={tmp_path / 'runs'}"]) == 2
+    assert "--config FILE is needed: there is no" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--name", "run", "--resume", "sometimes"])
 
 
 def test_forking_takes_the_stored_settings_and_begins_a_new_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,9 @@ from common.config import ConfigError
 from common.config.erasure import ErasurePolicy
 from common.stops import text_before_stop
 from common.trajectory import Attempt, ResponseRequest, Trajectory
+from learner.environments.data import PromptStream
 from learner.evaluation.evaluate import evaluation_requests
+from learner.loop.ledger import Ledger
 from learner.loop.treatment import training_requests
 from rollout_server.engine.stopping import cut_attempts, generate_until_stop
 from tests.configs import run_config
@@ -205,7 +207,8 @@ def test_of_stop_strings_the_one_that_is_complete_first_ends_the_text() -> None:
 def test_training_and_evaluation_ask_for_the_same_stop_strings() -> None:
     settings = run_config(rollout={"stop": ["</answer>", "\n\n"]})
     prompt = random_groups(0, 1, 1)[0].prompt
-    asked = [*training_requests(settings, 1, prompt, True)]
+    draw = Ledger(PromptStream([prompt, prompt], 0, 2), 2).draw(0)
+    asked = [*training_requests(settings, draw, True)]
     for mode in ("plain", "erasable"):
         asked += evaluation_requests(settings, [prompt], mode)[0]
     assert {one.stop for one in asked} == {("</answer>", "\n\n")}

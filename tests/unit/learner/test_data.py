@@ -1,6 +1,7 @@
 """Prompts from files and from the chain task, and the order in which training draws them."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -325,34 +326,26 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def test_an_epoch_uses_every_prompt_once_and_the_next_has_another_order():
-    stream = PromptStream(prompts(12), seed=3, prompts_per_draw=4)
-    epochs = [[prompt.id for _ in range(3) for prompt in stream.draw()] for _ in range(2)]
-    assert sorted(epochs[0], key=int) == sorted(epochs[1], key=int) == [str(n) for n in range(12)]
+    stream = PromptStream(prompts(13), seed=3, prompts_per_step=4)
+    assert len(stream) == 13
+    epochs = [[stream.at(13 * epoch + place).id for place in range(13)] for epoch in range(2)]
+    assert sorted(epochs[0], key=int) == sorted(epochs[1], key=int) == [str(n) for n in range(13)]
     assert epochs[0] != epochs[1]
 
 
-def test_no_prompt_is_twice_in_a_draw_when_an_epoch_ends_in_between():
-    stream = PromptStream(prompts(10), seed=0, prompts_per_draw=4)
-    for _ in range(20):
-        assert len({prompt.id for prompt in stream.draw()}) == 4
-
-
-def test_a_restored_stream_continues_as_the_first_would_have():
-    first = PromptStream(prompts(10), seed=0, prompts_per_draw=3)
-    drawn = [[p.id for p in first.draw()] for _ in range(5)]
-    place = first.epoch, first.position
-    later = [[p.id for p in first.draw()] for _ in range(5)]
-    second = PromptStream(prompts(10), seed=0, prompts_per_draw=3)
-    second.restore(*place)
-    assert [[p.id for p in second.draw()] for _ in range(5)] == later
-    assert drawn != later
+def test_a_turn_has_the_same_prompt_whenever_it_is_asked_for():
+    turns = list(range(50))
+    in_order = [PromptStream(prompts(10), seed=0, prompts_per_step=3).at(turn) for turn in turns]
+    stream = PromptStream(prompts(10), seed=0, prompts_per_step=3)
+    random.Random(0).shuffle(turns)
+    assert [stream.at(turn) for turn in turns] == [in_order[turn] for turn in turns]
 
 
 def test_the_position_is_the_place_in_the_epochs_order():
-    stream = PromptStream(prompts(6), seed=0, prompts_per_draw=3)
-    assert [p.position for _ in range(2) for p in stream.draw()] == list(range(6))
+    stream = PromptStream(prompts(6), seed=0, prompts_per_step=3)
+    assert [stream.at(turn).position for turn in range(12)] == [*range(6), *range(6)]
 
 
 def test_fewer_prompts_than_a_step_needs_are_refused():
     with pytest.raises(InputError, match=r"3 train prompts are fewer than rollout\.groups_per_step \(4\)"):
-        PromptStream(prompts(3), seed=0, prompts_per_draw=4)
+        PromptStream(prompts(3), seed=0, prompts_per_step=4)

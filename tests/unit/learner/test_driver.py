@@ -19,10 +19,12 @@ from common.interfaces import Rollouts
 from common.manifest import MANIFEST
 from learner.environments.data import PromptStream, read_rows, tokenise
 from learner.environments.problems import Problems
-from learner.environments.rewards import ChainRewards
-from learner.loop.driver import Driver, Parts
+from learner.environments.rewards import ChainRewards, Rewards
+from learner.loop.driver import Driver
 from learner.loop.driver_state import RunRecord, newest_state
-from learner.loop.rollout import generate_groups
+from learner.loop.ledger import Ledger
+from learner.loop.parts import Parts
+from learner.loop.rollout import Progress, generate_groups
 from learner.policy.group import LearnerGroup
 from learner.run.display import Display
 from learner.run.errors import DiskFullError, Interrupted, PartError
@@ -50,7 +52,14 @@ def config(tmp_path: Path, name: str = "run", **changes: Any) -> RunConfig:
 class Run:
     """One process's part of a run."""
 
-    def __init__(self, settings: RunConfig, rollouts: FakeRollouts, learner: FakeLearner, resume: bool) -> None:
+    def __init__(
+        self,
+        settings: RunConfig,
+        rollouts: FakeRollouts,
+        learner: FakeLearner,
+        resume: bool,
+        rewards: Rewards | None = None,
+    ) -> None:
         self.directory = RunDirectory.resume(settings) if resume else RunDirectory.create(settings)
         self.damage = self.directory.set_damaged_checkpoints_aside()
         state = newest_state(self.directory)
@@ -63,7 +72,7 @@ class Run:
         self.record = RunRecord(self.directory, state.step + 1)
         display = Display(sys.stdout)
         # The driver calls nothing of a LearnerGroup that a FakeLearner does not have.
-        parts = Parts(rollouts, cast(LearnerGroup, learner), ChainRewards())
+        parts = Parts(rollouts, cast(LearnerGroup, learner), rewards or ChainRewards())
         problems = Problems(stream, sets["test"])
         self.driver = Driver(settings, self.directory, state, parts, problems, self.record, display)
 
@@ -292,14 +301,14 @@ def test_training_waits_for_the_checkpoint_of_the_step_before(tmp_path: Path):
 
 
 def test_a_full_disk_ends_the_run_at_the_next_step_s_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from learner.loop import driver
+    from learner.loop import checkpoints
 
     def full(path: Path, size: int) -> None:
         if path.name == "step_3":
             raise DiskFullError(path, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "require_space", full)
+        patch.setattr(checkpoints, "require_space", full)
         with pytest.raises(DiskFullError, match=r"cannot write .*step_3"):
             run(config(tmp_path))
     resumed = run(config(tmp_path), resume=True)
@@ -314,7 +323,7 @@ def test_a_signal_ends_rewards_that_take_long(tmp_path: Path, number: signal.Sig
         signalled = False
 
         async def score(self, item: Any) -> Any:
-            if started.driver._state.step == 2:
+            if started.driver._trainer.state.step == 2:
                 if not self.signalled:
                     os.kill(os.getpid(), number)
                 self.signalled = True
@@ -322,8 +331,7 @@ def test_a_signal_ends_rewards_that_take_long(tmp_path: Path, number: signal.Sig
             return await super().score(item)
 
     settings = config(tmp_path, checkpoint={"every_steps": 0, "latest": False})
-    started = Run(settings, FakeRollouts(), FakeLearner(), resume=False)
-    started.driver._rewards = Slow()
+    started = Run(settings, FakeRollouts(), FakeLearner(), resume=False, rewards=Slow())
     began = time.monotonic()
     with pytest.raises(Interrupted):
         started.go()
@@ -408,10 +416,9 @@ def test_responses_that_do_not_come_are_counted_when_the_deadline_is_over(tmp_pa
     from learner.loop.treatment import training_requests
 
     settings = config(tmp_path)
-    engine = settings.rollout.engine.model_copy(update={"response_seconds": 0.05})
-    settings = settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"engine": engine})})
-    prompt = tokenise(read_rows(settings, "train"), TOKENIZER, settings, "train").prompts[0]
-    requests = [training_requests(settings, 1, prompt, share_applies=True)]
+    prompts = tokenise(read_rows(settings, "train"), TOKENIZER, settings, "train").prompts
+    draw = Ledger(PromptStream(prompts, 0, 2), 2).draw(0)
+    requests = [training_requests(settings, draw, share_applies=True)]
 
     class Slow(FakeRollouts):
         async def generate(self, groups: Any) -> Any:
@@ -419,13 +426,13 @@ def test_responses_that_do_not_come_are_counted_when_the_deadline_is_over(tmp_pa
                 yield trajectory
             await asyncio.Event().wait()
 
-    async def generate(rollouts: Rollouts, grace: float) -> None:
-        await generate_groups(rollouts, settings, [prompt], requests, grace_seconds=grace)
+    async def generate(rollouts: Rollouts) -> None:
+        await generate_groups(rollouts, [draw.prompt], requests, Progress(0.25))
 
     with pytest.raises(TimeoutError, match=r"3 of 4 responses are missing, and none arrived within 0\.25 s"):
-        asyncio.run(generate(Slow(), grace=0.2))
+        asyncio.run(generate(Slow()))
     with pytest.raises(RuntimeError, match="4 of 4 responses are missing, 0 were not asked for"):
-        asyncio.run(generate(Empty(), grace=0.2))
+        asyncio.run(generate(Empty()))
 
 
 class Empty(FakeRollouts):

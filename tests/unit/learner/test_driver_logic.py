@@ -12,6 +12,7 @@ from common.seeds import derive_seed
 from common.trajectory import Attempt, Prompt, Trajectory, Verdict
 from learner.environments.step_checks import count_steps
 from learner.environments.tasks.chain import ChainProblem
+from learner.loop.ledger import Draw
 from learner.loop.step_metrics import rollout_metrics
 from learner.loop.treatment import (
     TreatedShare,
@@ -25,6 +26,14 @@ from tests.fake_parts import TOKENIZER
 from tests.trajectories import attempt_of, random_groups, unpacked, with_rewards
 
 PROMPT = Prompt(id="p7", text="a+1:2\n", token_ids=[1, 2, 3], answer="a+1=3\n")
+
+
+def draw(step: int, name: str = PROMPT.id) -> Draw:
+    """The turn of a prompt in that step."""
+    prompt = PROMPT.model_copy(update={"id": name})
+    return Draw(number=2 * step, epoch=0, prompt=prompt, step=step, twice=(), version=0, drops=0)
+
+
 UNIFORM = {"advantage": {"credit": {"kind": "uniform"}}}
 
 
@@ -33,7 +42,7 @@ def config(rollout: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
 
 
 def test_a_mixed_group_has_its_plain_members_first_and_they_are_monitored():
-    requests = training_requests(config(), 3, PROMPT, share_applies=True)
+    requests = training_requests(config(), draw(3), share_applies=True)
     assert [r.erasable for r in requests] == [False, False, True, True]
     assert [r.sample for r in requests] == [0, 1, 2, 3]
     assert all(r.policy == config().rollout.erasure for r in requests)
@@ -44,25 +53,25 @@ def test_a_mixed_group_has_its_plain_members_first_and_they_are_monitored():
 
 
 def test_nothing_is_erasable_while_the_share_does_not_apply():
-    requests = training_requests(config(), 3, PROMPT, share_applies=False)
+    requests = training_requests(config(), draw(3), share_applies=False)
     assert not any(r.erasable for r in requests)
     assert all(r.policy is not None for r in requests)
 
 
 def test_all_erasable_and_all_plain_are_the_ends_of_the_share():
     everything = config({"group_share": {"mode": "fixed", "share": 1.0}})
-    assert all(r.erasable for r in training_requests(everything, 1, PROMPT, share_applies=True))
+    assert all(r.erasable for r in training_requests(everything, draw(1), share_applies=True))
     grpo = config({"group_share": {"mode": "fixed", "share": 0.0}}, learner=UNIFORM)
-    requests = training_requests(grpo, 1, PROMPT, share_applies=True)
+    requests = training_requests(grpo, draw(1), share_applies=True)
     assert all(r.policy is not None and not r.erasable for r in requests)
 
 
 def test_the_temperature_control_changes_the_treated_half_and_erases_nothing():
     control = config({"treatment": {"kind": "temperature", "temperature": 0.5}}, learner=UNIFORM)
-    requests = training_requests(control, 1, PROMPT, share_applies=True)
+    requests = training_requests(control, draw(1), share_applies=True)
     assert [r.temperature for r in requests] == [0.9, 0.9, 0.5, 0.5]
     assert not any(r.erasable for r in requests)
-    off = training_requests(control, 1, PROMPT, share_applies=False)
+    off = training_requests(control, draw(1), share_applies=False)
     assert {r.temperature for r in off} == {0.9}
 
 
@@ -71,10 +80,10 @@ def test_every_response_of_a_run_has_a_seed_of_its_own_that_its_place_decides():
         r.seed
         for step in range(1, 4)
         for name in ("a", "b")
-        for r in training_requests(config(), step, PROMPT.model_copy(update={"id": name}), share_applies=True)
+        for r in training_requests(config(), draw(step, name), share_applies=True)
     }
     assert len(seeds) == 3 * 2 * 4
-    (first, *_) = training_requests(config(seed=5), 2, PROMPT, share_applies=True)
+    (first, *_) = training_requests(config(seed=5), draw(2), share_applies=True)
     assert first.seed == derive_seed(5, 2, "p7", 0)
 
 
@@ -103,8 +112,8 @@ def test_the_success_rate_counts_plain_members_only():
     (group,) = random_groups(0, 1, 4)
     rewards = [1.0, 0.0, 1.0, 1.0]
     mixed = [with_rewards(group, rewards)]
-    assert plain_outcome(mixed, first_treated_sample(config(), True), 0.5) == (1, 2)
-    assert plain_outcome(mixed, first_treated_sample(config(), False), 0.5) == (3, 4)
+    assert plain_outcome(mixed, [first_treated_sample(config(), True)], 0.5) == (1, 2)
+    assert plain_outcome(mixed, [first_treated_sample(config(), False)], 0.5) == (3, 4)
 
 
 def test_rollout_metrics_equal_a_count_by_hand():
@@ -112,7 +121,7 @@ def test_rollout_metrics_equal_a_count_by_hand():
     responses = [t for group in groups for t in unpacked(group)]
     attempts = [a for t in responses for a in t.attempts]
     erased = [a for a in attempts if a.verdict == "erased"]
-    values = rollout_metrics(groups, 2, None)
+    values = rollout_metrics(groups, [2, 2], None)
     assert values[names.GENERATED_TOKENS] == sum(len(a.token_ids) for a in attempts)
     assert values[names.ERASED_TOKENS] == sum(len(a.token_ids) for a in erased)
     assert values[names.ERASURES] == len(erased)
@@ -207,11 +216,11 @@ def test_slips_are_found_where_segments_do_not_end_with_lines():
 def test_a_task_without_checkable_steps_has_no_counts():
     run = config(reward={"kind": "math"})
     assert count_steps(run, random_groups(0, 1, 2)) is None
-    assert not training_requests(run, 1, PROMPT, share_applies=True)[0].attempt_texts
+    assert not training_requests(run, draw(1), share_applies=True)[0].attempt_texts
 
 
 def test_steps_are_checked_where_the_texts_of_attempts_were_asked_for():
-    assert all(r.attempt_texts for r in training_requests(config(), 1, PROMPT, share_applies=True))
+    assert all(r.attempt_texts for r in training_requests(config(), draw(1), share_applies=True))
     (group,) = random_groups(0, 1, 2)
     group = Group(Prompt(id="p0", text=CHAIN.prompt, token_ids=[1]), group.trajectories)
     with pytest.raises(ValueError, match="response 0 to prompt 'p0' lacks its attempts' texts"):

@@ -9,6 +9,7 @@ import pytest
 from common.config import RunConfig
 from common.config.loading import renamed
 from learner.loop.driver_state import newest_state
+from learner.loop.ledger import LedgerState
 from learner.run.errors import InputError
 from learner.run.fork import check_fork, fork
 from learner.run.run_directory import RunDirectory, read_jsonl
@@ -66,7 +67,7 @@ def test_a_fork_may_have_other_settings_and_evaluates_what_it_measures(tmp_path:
 def test_a_fork_on_other_data_reads_it_from_its_beginning(tmp_path: Path):
     killed_run(tmp_path)
     state = newest_state(RunDirectory.resume(config(tmp_path, "old")))
-    assert state.position > 0
+    assert state.ledger.drawn > 0
     # The driver of these tests leaves the digest empty.
     path = tmp_path / "runs" / "old" / "checkpoints" / "step_4"
     from common.manifest import verify_manifest, write_manifest
@@ -80,7 +81,7 @@ def test_a_fork_on_other_data_reads_it_from_its_beginning(tmp_path: Path):
     directory = RunDirectory.resume(settings)
     assert directory.set_damaged_checkpoints_aside() == []
     new = newest_state(directory)
-    assert (new.step, new.epoch, new.position, new.data) == (4, 0, 0, "now")
+    assert (new.step, new.ledger, new.data) == (4, LedgerState(), "now")
     directory.close()
     verify_manifest(path)
 

@@ -1,5 +1,6 @@
 """A run's directory: never shared, never overwritten, never half-written, not even on a full disk."""
 
+import gc
 import json
 import os
 import random
@@ -7,7 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from learner.run.errors import DiskFullError, InputError
 from learner.run.run_directory import (
     RunDirectory,
     append_line,
+    can_continue,
     check_unused,
     read_jsonl,
     replacing,
@@ -252,6 +254,31 @@ def test_going_back_to_a_checkpoint_forgets_what_came_after(tmp_path: Path):
     assert read_jsonl(directory.evaluations) == [{"step": 0}]
     assert sorted(p.name for p in directory.trajectories.iterdir()) == [f"step_{n}.parquet" for n in (1, 2, 3)]
     assert not directory.report.exists()
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_a_run_that_was_killed_while_its_directory_was_made_can_be_begun_or_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+):
+    original, made = Path.mkdir, 0
+
+    class Killed(BaseException):
+        pass
+
+    def mkdir(path: Path, *arguments: Any, **options: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > calls:
+            raise Killed
+        original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", mkdir)
+        with suppress(Killed):
+            RunDirectory.create(config(tmp_path)).close()
+        gc.collect()  # The lock ends with its process.
+    make = RunDirectory.resume if can_continue(config(tmp_path)) else RunDirectory.create
+    make(config(tmp_path)).close()
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path):

@@ -10,7 +10,7 @@ from common.packed import Group, PackedResponse, TokenArrays, pack
 from common.trajectory import Attempt, Prompt
 from learner.environments.rewards import Reading, RewardError, RewardItem, Score, Tally
 from learner.loop import scoring as scoring_module
-from learner.loop.scoring import Scored, Scoring
+from learner.loop.scoring import Scored, Scoring, reward_metrics
 from learner.run.errors import PartError
 from tests.fake_parts import TOKENIZER
 from tests.trajectories import attempt_of, trajectory
@@ -64,7 +64,7 @@ def responses(count: int) -> list[PackedResponse]:
 def test_a_response_is_scored_while_others_are_still_generated():
     async def run() -> list[RewardItem]:
         rewards = GatedRewards()
-        async with Scoring(rewards, [PROMPT], 2, 1) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(2), 1) as scoring:
             scoring.add(responses(2)[0])
             await asyncio.sleep(0)
             return rewards.items
@@ -80,7 +80,7 @@ def test_every_response_gets_its_own_reward_whatever_the_order_and_what_is_0_is_
         rewards = GatedRewards()
         rewards.gate.set()
         given = responses(5)
-        async with Scoring(rewards, [PROMPT], 5, 1) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(5), 1) as scoring:
             for response in reversed(given):
                 scoring.add(response)
             return await scoring.finish([Group(prompt=PROMPT, trajectories=given)])
@@ -89,7 +89,11 @@ def test_every_response_gets_its_own_reward_whatever_the_order_and_what_is_0_is_
     (group,) = scored.groups
     assert [t.text for t in group.trajectories] == [f"text {n}" for n in range(5)]
     assert [t.reward for t in group.trajectories] == [0.5, 0.0, 0.0, 0.0, 4.5]
-    assert scored.metrics == {names.REWARD_TIMEOUTS: 1, names.REWARD_ERRORS: 1, names.REWARD_UNUSABLE_ANSWERS: 1}
+    assert reward_metrics(scored.tally) == {
+        names.REWARD_TIMEOUTS: 1,
+        names.REWARD_ERRORS: 1,
+        names.REWARD_UNUSABLE_ANSWERS: 1,
+    }
     assert "1 rewards failed" in str(scored)
     # The row travels no further than to the reward.
     assert group.prompt.columns == {}
@@ -98,7 +102,7 @@ def test_every_response_gets_its_own_reward_whatever_the_order_and_what_is_0_is_
 def test_a_reward_that_reads_tokens_gets_the_committed_ones_wherever_they_are():
     async def run(response: PackedResponse) -> RewardItem:
         rewards = GatedRewards(reads_tokens=True)
-        async with Scoring(rewards, [PROMPT], 1, 1) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(1), 1) as scoring:
             scoring.add(response)
             await asyncio.sleep(0.01)
             (item,) = rewards.items
@@ -119,7 +123,7 @@ def test_tokens_that_do_not_arrive_fail_the_reward_with_the_deadline(monkeypatch
 
     async def run() -> None:
         lost = replace(responses(1)[0], tokens=None, reference=asyncio.Event().wait())
-        async with Scoring(GatedRewards(reads_tokens=True), [PROMPT], 1, 1) as scoring:
+        async with Scoring(GatedRewards(reads_tokens=True), [PROMPT], Tally(1), 1) as scoring:
             scoring.add(lost)
             await scoring.finish([])
 
@@ -131,7 +135,7 @@ def test_too_many_failures_end_the_step_before_everything_is_generated():
     async def run() -> None:
         rewards = GatedRewards(failing=True)
         rewards.gate.set()
-        async with Scoring(rewards, [PROMPT], 5, 7) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(5), 7) as scoring:
             scoring.add(responses(5)[2])
             await asyncio.sleep(0.01)
             scoring.add(responses(5)[3])
@@ -142,7 +146,7 @@ def test_too_many_failures_end_the_step_before_everything_is_generated():
 
 def test_leaving_cancels_what_is_still_scored():
     async def run(rewards: GatedRewards) -> None:
-        async with Scoring(rewards, [PROMPT], 5, 1) as scoring:
+        async with Scoring(rewards, [PROMPT], Tally(5), 1) as scoring:
             for response in responses(3):
                 scoring.add(response)
             await asyncio.sleep(0)

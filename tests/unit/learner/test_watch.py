@@ -53,7 +53,7 @@ def test_metrics_of_a_step_tell_how_it_goes() -> None:
     groups[0].trajectories[0].finish_reason = "length"
     for group in groups:
         assert group.trajectories[1].finish_reason == "stop"
-    found = rollout_metrics(groups, 3, None)
+    found = rollout_metrics(groups, [3] * len(groups), None)
     assert found[names.TRUNCATED_SHARE] == pytest.approx(1 / 6)
     # One of three succeeds in each group: sqrt(1/3 * 2/3).
     assert found[names.REWARD_SPREAD] == pytest.approx(np.sqrt(2) / 3)
