@@ -13,7 +13,6 @@ from common.trajectory import Attempt, ResponseRequest
 from rollout_server.engine.errors import PromptTooLong
 from rollout_server.monitor.spec import statistics_kind
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
-from tests.loop_lag import Held, watching
 from tests.models import tiny_qwen3
 
 POLICY = ErasurePolicy(segmentation=FixedSegmentation(length=8), kappa=0.0, max_erasures=3)
@@ -172,20 +171,6 @@ def test_a_response_that_left_before_it_reached_the_batch_keeps_no_group_open(en
     engine.run(engine.engine.settle())
     engine.generate(others)
     assert engine.counters()["following"] == 0
-
-
-def test_the_loop_is_not_held_by_many_long_responses_that_are_followed(engine: RunningEngine) -> None:
-    requests = group_requests(1, 64, max_tokens=200, seed=29, policy=POLICY, ignore_eos=True, top_logprobs=20)
-
-    async def generate() -> Held:
-        with watching() as held:
-            await asyncio.gather(*(engine.engine.generate(request, _Listener()) for request in requests))
-            await engine.engine.score(list(range(32, 230)), 20)
-        return held
-
-    engine.run(generate())
-    held = engine.run(generate())
-    assert max(held.loop, held.process) < 0.1, held.callback
 
 
 def test_ten_thousand_requests_leave_nothing_behind(engine: RunningEngine) -> None:
