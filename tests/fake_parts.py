@@ -137,6 +137,10 @@ class FakeLearner:
     async def start(self) -> None:
         self.events.append("start")
 
+    async def restart(self) -> None:
+        self.events.append("restart")
+        self.weight = "0"
+
     async def train_step(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         self.on_train(step)
         text = self.weight + "".join(unpack(t).model_dump_json() for group in groups for t in group.trajectories)

@@ -189,6 +189,9 @@ class LearnerConfig(StrictModel):
     advantage: AdvantageConfig = AdvantageConfig()
     overlong: Overlong = NoOverlong()
     step_seconds: float = Field(default=3600.0, gt=0.0, description="Deadline for one training step.")
+    max_restarts_in_a_row: int = Field(
+        default=3, ge=0, description="Restarts of all ranks after one was lost, until a step is finished again."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -8,10 +8,11 @@ from typing import Any
 from common.config.run import RunConfig
 from learner.environments.problems import Problems
 from learner.loop.checkpoints import Checkpoints
-from learner.loop.driver_state import DriverState, RunRecord
+from learner.loop.driver_state import DriverState, RunRecord, newest_state
 from learner.loop.parts import Parts
 from learner.loop.publishing import publish
 from learner.loop.trainer import Trainer
+from learner.policy.group import LearnerLost
 from learner.run.display import Display
 from learner.run.errors import Interrupted, PartError, part
 from learner.run.interrupt import StopRequest
@@ -37,10 +38,14 @@ class Driver:
     ) -> None:
         self._config = config
         self._directory = directory
+        self._parts = parts
         self._rollouts, self._learner, self._rewards = parts.rollouts, parts.learner, parts.rewards
+        self._problems = problems
+        self._record = record
         self._display = display
         self._checkpoints = Checkpoints(config, directory, parts.learner, display)
-        self._trainer = Trainer(config, directory, state, parts, problems, record, display, self._checkpoints)
+        self._restarts = 0
+        self._trainer = self._trainer_from(state)
         self.start_seconds = 0.0
 
     async def run(self) -> None:
@@ -54,8 +59,7 @@ class Driver:
                 await self._start(stop)
                 # Also of the step that is resumed after: its evaluation may have been interrupted.
                 await self._trainer.evaluate_if_due(stop)
-                await self._trainer.train(stop)
-                await self._checkpoints.write(self._trainer.state)
+                await self._train(stop)
                 await self._trainer.evaluate(stop)
                 await self._export()
             except Interrupted:
@@ -74,15 +78,67 @@ class Driver:
         started = time.monotonic()
         self._display.phase("starting the replicas and the learner")
         await stop.unless_stopped(self._start_parts())
-        state = self._trainer.state
+        await self._load(self._trainer.state)
+        self.start_seconds = time.monotonic() - started
+
+    def _trainer_from(self, state: DriverState) -> Trainer:
+        return Trainer(
+            self._config,
+            self._directory,
+            state,
+            self._parts,
+            self._problems,
+            self._record,
+            self._display,
+            self._checkpoints,
+            self._restarts,
+        )
+
+    async def _train(self, stop: StopRequest) -> None:
+        """Train until no step is left, and write a checkpoint.
+
+        A lost rank costs the steps since the last checkpoint, and not the run.
+        """
+        beginning = self._trainer.state
+        furthest, in_a_row = -1, 0
+        while True:
+            try:
+                await self._trainer.train(stop)
+                await self._checkpoints.write(self._trainer.state)
+                return
+            except PartError as error:
+                step = self._trainer.state.step
+                in_a_row = in_a_row + 1 if step <= furthest else 1
+                furthest = max(furthest, step)
+                most = self._config.learner.max_restarts_in_a_row
+                if not isinstance(error.__cause__, LearnerLost) or in_a_row > most:
+                    raise
+                log.warning("restart %d of %d of the learner: %s", in_a_row, most, error)
+                self._display.message(f"{error}; the learner is restarted from the last checkpoint")
+            await self._restart_learner(stop, beginning)
+            await self._trainer.evaluate_if_due(stop)
+
+    async def _restart_learner(self, stop: StopRequest, beginning: DriverState) -> None:
+        """New ranks with the last checkpoint's weights; without one `beginning`, which has those of the model."""
+        self._restarts += 1
+        await self._checkpoints.cancel()
+        self._directory.set_damaged_checkpoints_aside()
+        state = newest_state(self._directory) if self._directory.checkpoint_steps() else beginning
+        self._record.rewind(state.step)
+        self._display.phase("restarting the learner")
+        with part("learner"):
+            await stop.unless_stopped(self._learner.restart())
+        self._trainer = self._trainer_from(state)
+        await self._load(state)
+
+    async def _load(self, state: DriverState) -> None:
+        """Give learner and replicas the weights of `state`, and the rollout side what it knew then."""
         await self._checkpoints.load(state)
         with part("rollout"):
             await self._rollouts.restore(state.rollouts)
         # Also at version 0: a sync that can't work, or replicas with other weights, show before the first step.
         seconds = self._config.sync.deadline_seconds
-        size = await publish(self._learner, self._rollouts, state.policy_version, seconds)
-        self._checkpoints.weight_bytes = size
-        self.start_seconds = time.monotonic() - started
+        self._checkpoints.weight_bytes = await publish(self._learner, self._rollouts, state.policy_version, seconds)
 
     async def _start_parts(self) -> None:
         # Actors have working directories of their own.

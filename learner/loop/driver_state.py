@@ -60,10 +60,8 @@ class RunRecord:
     """`metrics.jsonl`, `evaluations.jsonl`, `ledger.jsonl` and the TensorBoard events of a run."""
 
     def __init__(self, directory: RunDirectory, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._directory = directory
-        self._tensorboard = SummaryWriter(str(directory.tensorboard), purge_step=first_step)
+        self._tensorboard = _summary_writer(directory, first_step)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -95,9 +93,21 @@ class RunRecord:
             tag = names.evaluation_name(evaluation.mode, name)
             self._tensorboard.add_scalar(tag, getattr(evaluation, name), evaluation.step)
 
+    def rewind(self, step: int) -> None:
+        """Forget everything after `step` steps: it is about to be done again."""
+        self.close()
+        self._directory.truncate(step)
+        self._tensorboard = _summary_writer(self._directory, step + 1)
+
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""
         self._tensorboard.close()
+
+
+def _summary_writer(directory: RunDirectory, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory.tensorboard), purge_step=first_step)
 
 
 def _json_number(value: float | None) -> float | None:

@@ -47,6 +47,7 @@ class Trainer:
         record: RunRecord,
         display: Display,
         checkpoints: Checkpoints,
+        learner_restarts: int = 0,
     ) -> None:
         self._config = config
         self._directory = directory
@@ -62,6 +63,7 @@ class Trainer:
         self._ledger = Ledger(problems.stream, count, state.ledger)
         self._buffer = Buffer(self._ledger, config.max_staleness, count, (config.steps - state.step) * count)
         self._producer = Producer(config, parts, self._ledger, self._buffer, self._share)
+        self._learner_restarts = learner_restarts
         self.state = state
 
     @property
@@ -189,6 +191,7 @@ class Trainer:
             names.STALENESS_MEAN: fmean(taken.staleness),
             names.STALENESS_MAX: max(taken.staleness),
             names.BUFFER_DEPTH: taken.depth,
+            names.LEARNER_RESTARTS: self._learner_restarts,
         }
 
     def _tell(self, step: int, taken: Taken, metrics: dict[str, Any]) -> None:

@@ -36,12 +36,18 @@ class LearnerError(RuntimeError):
     """The learner can't go on; the message says which rank failed at what, and why."""
 
 
+class LearnerLost(LearnerError):
+    """A rank died, or did not answer in time. `restart` makes new ranks, which know nothing yet."""
+
+
 class LearnerGroup:
-    """All ranks of the learner. After a LearnerError from a running group only `close` is of use.
+    """All ranks of the learner. After a LearnerError from a running group only `restart` and `close` are of use.
 
     Ray must be connected. Deadlines: `learner.step_seconds` for everything but publishing weights, which has
     `sync.deadline_seconds`.
     """
+
+    rank_class: type[LearnerRank] = LearnerRank
 
     def __init__(self, config: RunConfig, log_directory: Path) -> None:
         self._config = config
@@ -55,7 +61,7 @@ class LearnerGroup:
         self._log_directory.mkdir(parents=True, exist_ok=True)
         on_gpus = trains_on_gpus(self._config, int(ray.cluster_resources().get("GPU", 0.0)))
         options = self._actor_options(on_gpus)
-        actor = ray.remote(LearnerRank)
+        actor = ray.remote(self.rank_class)
         self._ranks = [
             actor.options(**options).remote(self._config, rank, str(self._log_directory))
             for rank in range(self._config.learner.ranks)
@@ -64,6 +70,12 @@ class LearnerGroup:
         placements: list[Placement] = await self._call("place", "starting", seconds)
         each = [(environment,) for environment in environments(placements, on_gpus)]
         await self._call("start", "loading the model", seconds, each=each)
+
+    async def restart(self) -> None:
+        """Stop the ranks, dead or alive, and start new ones. Raises as `start`."""
+        await self.close()
+        self._failure = None
+        await self.start()
 
     async def train_step(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Train on one rollout, `minibatches_per_step` optimizer steps; metrics by the names of `common.metrics`.
@@ -280,14 +292,16 @@ def _failure(
     """Which rank failed at `what`, and as `__cause__` with what: a dead one before the errors of its peers."""
     if not errors:
         missing = ", ".join(str(rank) for rank, waits in enumerate(waiting) if waits)
-        return LearnerError(f"{what}: no answer from learner rank {missing} within {seconds:g} s")
+        return LearnerLost(f"{what}: no answer from learner rank {missing} within {seconds:g} s")
     rank = min(errors, key=lambda rank: (not isinstance(errors[rank], RayActorError), rank))
     error = errors[rank]
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(error, RayActorError):
         # A process that the kernel killed for its memory says nothing of it.
         advice = learner_advice(learner, ran_out_of_memory(str(error)))
-        failure = LearnerError(f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]} ({advice})")
+        failure: LearnerError = LearnerLost(
+            f"{what}: learner rank {rank} died: {str(error).strip().splitlines()[0]} ({advice})"
+        )
     elif isinstance(cause, PolicyError):
         failure = LearnerError(str(cause))
     elif isinstance(cause, NotFiniteError):

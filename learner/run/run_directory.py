@@ -32,6 +32,7 @@ CHANGEABLE_ON_RESUME = (
     "learner.tokens_per_microbatch",
     "learner.gradient_checkpointing",
     "learner.threads_per_rank",
+    "learner.max_restarts_in_a_row",
     "reward.timeout_seconds",
     "reward.workers",
     "reward.start_seconds",

@@ -32,13 +32,39 @@ def _http(directory: Path) -> list[Finding]:
     return measure_http(directory)
 
 
-BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {"engine": _engine, "training": _training, "http": _http}
+def _asynchronous(directory: Path) -> list[Finding]:
+    from tests.benchmarks.asynchronous import measure_asynchronous
+
+    return measure_asynchronous(directory)
+
+
+def _accuracy(directory: Path) -> list[Finding]:
+    from tests.benchmarks.asynchronous import measure_accuracy
+
+    return measure_accuracy(directory)
+
+
+BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {
+    "engine": _engine,
+    "training": _training,
+    "http": _http,
+    "asynchronous": _asynchronous,
+    "accuracy": _accuracy,
+}
+LONG = {"accuracy"}
+"""Only measured when asked for: about half an hour."""
 
 
 def main() -> int:
     """Run what is asked for; the exit status is 0 whether or not the targets hold, as the table says which do."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.run", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), metavar="NAME")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(BENCHMARKS),
+        default=[name for name in BENCHMARKS if name not in LONG],
+        metavar="NAME",
+    )
     parser.add_argument("--output", type=Path, default=LATEST, help=f"where to write the findings (default {LATEST})")
     options = parser.parse_args()
     findings: list[Finding] = []

@@ -235,6 +235,32 @@ def test_a_run_that_was_killed_and_stopped_equals_one_that_was_not(place: Path, 
         assert drawn[0] == drawn[1]
 
 
+@pytest.mark.timeout(2 * RUN_SECONDS)
+def test_generation_beside_training_trains_every_turn_once_and_survives_a_kill(place: Path):
+    directory = place / "runs" / "asynchronous"
+    command = ("--name", "asynchronous", "--set=max_staleness=1", "--set=steps=8", "--resume", "auto")
+    process = start(place, *command)
+    wait_for_step(process, directory, 3)
+    process.kill()
+    finish(process)
+    # The same command again, as whoever restarts a job gives it.
+    status, output = train(place, *command)
+    assert status == 0, output
+    assert "continuing" in output
+    account = [json.loads(line) for line in (directory / "ledger.jsonl").read_text().splitlines()]
+    turns = [turn for line in account for turn in line["trained"]]
+    assert sorted(turn["turn"] for turn in turns) == list(range(8 * 2))
+    assert len({(turn["epoch"], turn["prompt"]) for turn in turns}) == len(turns)
+    for line, metrics in zip(account, lines(directory), strict=True):
+        trajectories = read_trajectories(directory / "trajectories" / f"step_{line['step']}.parquet")
+        versions = {version for t in trajectories for version in t.token_versions}
+        # The policy that the step changes is that of the step before it.
+        assert line["step"] - 1 - min(versions) == metrics[names.STALENESS_MAX] <= 1
+        assert max(versions) <= line["step"] - 1
+    assert max(line[names.STALENESS_MAX] for line in lines(directory)) == 1
+    assert sum(line[names.OVERLAP_SECONDS] for line in lines(directory)) > 0.0
+
+
 def damaged_model(place: Path) -> list[str]:
     weights = next((place / "model").glob("*.safetensors"))
     copy = place / "damaged"

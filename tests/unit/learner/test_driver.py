@@ -25,7 +25,7 @@ from learner.loop.driver_state import RunRecord, newest_state
 from learner.loop.ledger import Ledger
 from learner.loop.parts import Parts
 from learner.loop.rollout import Progress, generate_groups
-from learner.policy.group import LearnerGroup
+from learner.policy.group import LearnerGroup, LearnerLost
 from learner.run.display import Display
 from learner.run.errors import DiskFullError, Interrupted, PartError
 from learner.run.run_directory import RunDirectory, read_jsonl
@@ -155,6 +155,47 @@ def test_trajectories_hold_text_reward_and_the_version_that_sampled_them(tmp_pat
             assert trajectory.text == TOKENIZER.decode(trajectory.token_ids)
             assert trajectory.reward in (0.0, 1.0)
             assert set(trajectory.token_versions) == {step - 1}
+
+
+CHECKPOINTS = {
+    "of every step": {"every_steps": 0, "keep": 2},
+    "of every second step": {"every_steps": 2, "keep": 2, "latest": False},
+    "none": {"every_steps": 0, "latest": False},
+}
+
+
+def comparable(directory: RunDirectory) -> list[dict[str, Any]]:
+    return [line | {names.LEARNER_RESTARTS: 0} for line in timeless(directory)]
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_a_lost_rank_costs_only_the_steps_since_the_last_checkpoint(tmp_path: Path, checkpoint: dict[str, Any]):
+    whole = run(config(tmp_path, "whole", checkpoint=checkpoint))
+    lost = after(4, fail(LearnerLost("training step 4: learner rank 1 died")))
+    calls: list[int] = []
+    learner = FakeLearner(on_train=lambda step: (calls.append(step), lost(len(calls)))[-1])
+    disturbed = run(config(tmp_path, "disturbed", checkpoint=checkpoint), learner=learner)
+    assert learner.events.count("restart") == 1
+    assert [line[names.LEARNER_RESTARTS] for line in timeless(disturbed.directory)][-1] == 1
+    assert comparable(disturbed.directory) == comparable(whole.directory)
+    assert [e.avg_at_k for e in disturbed.record.evaluations] == [e.avg_at_k for e in whole.record.evaluations]
+    turns = [line["trained"] for line in read_jsonl(disturbed.directory.ledger)]
+    assert turns == [line["trained"] for line in read_jsonl(whole.directory.ledger)]
+
+
+def test_ranks_that_are_lost_again_and_again_end_the_run(tmp_path: Path):
+    calls: list[int] = []
+
+    def die_in_step_3(step: int) -> None:
+        calls.append(step)
+        if step == 3:
+            raise LearnerLost("training step 3: learner rank 0 died")
+
+    learner = FakeLearner(on_train=die_in_step_3)
+    with pytest.raises(PartError, match=r"^learner: step 3: training step 3: learner rank 0 died$"):
+        run(config(tmp_path), learner=learner)
+    assert calls == [1, 2, 3, 3, 3, 3]
+    assert learner.events.count("restart") == 3
 
 
 @pytest.mark.parametrize("killed_in_step", [1, 4, 5, 6])
