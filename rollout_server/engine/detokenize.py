@@ -9,10 +9,9 @@ from tokenizers.decoders import DecodeStream
 
 from rollout_server.engine.stop_strings import StopFinder
 
-CONTEXTS = (4, 32)
-"""Tokens of a prompt that tell how the next one is written: whether a space belongs to it, for one."""
-LONGEST_CHARACTER = 4
-"""Bytes of a character, each of which may be a token."""
+SHORTEST_CONTEXT, LONGEST_CONTEXT = 4, 24
+MOST_CONTEXT = 256
+"""Tokens of a prompt that are given to a stream if none of its ends is a text."""
 _INVALID_PREFIX = "Invalid prefix encountered"
 
 
@@ -44,7 +43,8 @@ class TextCursor:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], options: TextOptions) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        self._stream = _after(tokenizer, prompt, options)
+        context = _context(tokenizer, prompt, options)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=options.skip_special_tokens)
         self._taken = 0
         text_between = options.skip_special_tokens or options.spaces_between_special_tokens
         self._added: dict[int, Any] = {} if text_between else tokenizer.get_added_tokens_decoder()
@@ -159,22 +159,17 @@ class TextCursor:
         return self._stream.step(self._tokenizer, token_id)
 
 
-def _after(tokenizer: Tokenizer, prompt: list[int], options: TextOptions) -> DecodeStream:
-    """A stream that goes on after a prompt: a character that begins in the prompt's last bytes is still to come.
+def _context(tokenizer: Tokenizer, prompt: list[int], options: TextOptions) -> list[int]:
+    """The end of a prompt that tells how the next token is written: it has a text, in whole characters.
 
-    It knows a few tokens, or more if they have no text: given all, it would decode all of them with the first token.
+    A stream that is given more decodes all of it with the first token. Without such an end the next text begins with
+    what was given, as vLLM's does.
     """
-    skip = options.skip_special_tokens
-    for begun in range(min(LONGEST_CHARACTER, len(prompt) + 1)):
-        for length in CONTEXTS:
-            known = prompt[: len(prompt) - begun][-length:]
-            text = tokenizer.decode(known, skip_special_tokens=skip)
-            if not known or (text and not text.endswith("\ufffd")):
-                stream = DecodeStream(ids=known, skip_special_tokens=skip)
-                for token_id in prompt[len(prompt) - begun :]:
-                    stream.step(tokenizer, token_id)
-                return stream
-    return DecodeStream(skip_special_tokens=skip)
+    for length in range(SHORTEST_CONTEXT, LONGEST_CONTEXT):
+        text = tokenizer.decode(prompt[-length:], skip_special_tokens=options.skip_special_tokens)
+        if text and "\ufffd" not in text:
+            return prompt[-length:]
+    return prompt[-MOST_CONTEXT:]
 
 
 class Texts(Protocol):
