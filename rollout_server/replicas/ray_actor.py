@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayError
 
 from common.config.run import EngineConfig, InFlight, ModelConfig
 from common.packed import PackedResponse, TokenArrays
+from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.cores import chosen_threads, threads_per_engine
@@ -287,8 +288,10 @@ class RayReplica:
             while True:
                 async with asyncio.timeout(SILENCE_SECONDS):
                     events = await self._call(self._actor.events.remote(POLL_SECONDS))
+                slices = Slices()
                 for key, name, value in events:
                     self._take(key, name, value)
+                    await slices.turn()
         except (ReplicaLost, TimeoutError) as error:
             log.warning("replica %d is lost: %s", self._number, str(error) or "it is silent")
         finally:
