@@ -42,9 +42,13 @@ class ModelConfig(StrictModel):
 
 
 class EngineConfig(StrictModel):
-    """One vLLM replica, on one GPU or on CPUs. `kv_cache_gib` is used on CPU, `gpu_memory_utilization` on GPUs."""
+    """One vLLM replica, on `tensor_parallel_size` GPUs or on CPUs.
+
+    `kv_cache_gib` is used on CPU, `gpu_memory_utilization` on GPUs.
+    """
 
     replicas: int = Field(default=1, ge=1, le=1024)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64, description="GPUs of a replica; processes on CPU.")
     max_concurrent_responses: int = Field(default=64, ge=1, le=8192)
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of a replica; null: OMP_NUM_THREADS, else the cores, shared."
@@ -70,6 +74,11 @@ class EngineConfig(StrictModel):
         "does not count.",
     )
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all replicas, where there are any."""
+        return self.replicas * self.tensor_parallel_size
 
     @property
     def silence_seconds(self) -> float:

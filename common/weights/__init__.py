@@ -4,7 +4,7 @@
 that they arrived. Both sides import this package; it imports neither of them.
 """
 
-from common.weights.checksum import held_sum, weights_checksum
+from common.weights.checksum import held_by_ranks, held_sum, weights_checksum
 from common.weights.updates import (
     DiskUpdate,
     GlooUpdate,
@@ -27,6 +27,7 @@ __all__ = [
     "ReplicaSync",
     "SyncReport",
     "WeightUpdate",
+    "held_by_ranks",
     "held_sum",
     "weights_checksum",
 ]

@@ -7,7 +7,7 @@ reorder tensors, so it is the same however elements are split, joined or ordered
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -102,3 +102,13 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def type_name(dtype: torch.dtype) -> str:
     """`float32` and the like."""
     return str(dtype).removeprefix("torch.")
+
+
+def held_by_ranks(ranks: Sequence[Sequence[int]]) -> int:
+    """`held_sum` of a model that is divided among ranks of tensor parallelism. `ranks`: of each the sums of its parts.
+
+    A part that sums up to the same everywhere is a copy on every rank, and counts once; the others are shares, whose
+    sums differ. Ranks hold as many parts in the same order.
+    """
+    parts = zip(*ranks, strict=True)
+    return sum(part[0] if len(set(part)) == 1 else sum(part) for part in parts) % 2**64

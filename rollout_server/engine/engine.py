@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, InFlight, ModelConfig
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
-from common.weights import NonFiniteLogits, WeightUpdate
+from common.weights import NonFiniteLogits, WeightUpdate, held_by_ranks
 from rollout_server.engine.errors import CannotSample, EngineClosed, GenerationAborted, PromptTooLong, WeightSyncError
 from rollout_server.engine.launch import engine_args, eos_token_ids, prepare_environment
 from rollout_server.engine.listener import Listener, PromptScores
@@ -273,7 +273,9 @@ class ErasableEngine:
                 async for part in arrived.parts():
                     await self._llm.update_weights(WeightTransferUpdateRequest(part))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
-                for read, held in await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)):
+                ranks = await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,))
+                held = held_by_ranks([parts for _, parts in ranks])
+                for read, _ in ranks:
                     if read != held:
                         raise WeightSyncError(
                             f"version {update.version}: the engine's parameters sum up to {held:016x}, those that "

@@ -7,7 +7,7 @@ import torch
 
 from rollout_server.engine.scheduling import kv_blocks
 from rollout_server.monitor.adapters.vllm_v1 import SegmentMonitorProcessor
-from rollout_server.weights.loading import CheckedWeightTransfer
+from rollout_server.weights.loading import CheckedWeightTransfer, Sums
 
 WORKER_EXTENSION = "rollout_server.engine.worker_extension.WorkerExtension"
 
@@ -36,7 +36,7 @@ class WorkerExtension:
         """Take over the statistics of a checkpoint."""
         self._e3rl_processor().restore_priors(priors)
 
-    def e3rl_weights_loaded(self, version: int) -> tuple[int, int] | None:
+    def e3rl_weights_loaded(self, version: int) -> Sums | None:
         """The weights that were loaded last are `version`. Returns `CheckedWeightTransfer.sums`."""
         engine: CheckedWeightTransfer = self.weight_transfer_engine
         self._e3rl_processor().weights_changed(version)

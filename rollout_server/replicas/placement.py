@@ -28,8 +28,8 @@ class Placement:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What a replica takes: GPUs where there are any, else a CPU."""
-        return {"GPU": 1.0} if self.on_gpu else {"CPU": 1.0}
+        """What a replica takes: its GPUs where there are any, else a CPU."""
+        return {"GPU": float(self._engine.tensor_parallel_size)} if self.on_gpu else {"CPU": 1.0}
 
     async def options(self, replica: int) -> dict[str, Any]:
         """Options for the actor of a replica. Reserves all bundles at the first call.

@@ -201,7 +201,7 @@ def actor_environment(engine: EngineConfig) -> dict[str, str]:
     """
     variables = ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
     environment = {name: os.environ[name] for name in variables if name in os.environ}
-    threads = engine.threads or chosen_threads() or threads_per_engine(engine.replicas)
+    threads = engine.threads or chosen_threads() or threads_per_engine(engine.replicas * engine.tensor_parallel_size)
     level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     return environment | {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": level}
 

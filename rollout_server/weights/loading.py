@@ -27,6 +27,9 @@ from common.weights.checksum import combined, device_digest, type_name
 
 BACKEND = "e3rl"
 
+Sums = tuple[int, list[int]]
+"""`held_sum` of what was read, and of each part of what is held."""
+
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
@@ -50,8 +53,8 @@ class CheckedWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     They are read from a safetensors file, or received by vLLM's engine for `nccl` or `ipc`. On CPU vLLM packs a
     layer's weights when they are complete and drops the plain ones, so the sum is taken from each layer at that moment,
-    and from what is left in place at the end. `sums`: `held_sum` of what was read and of what is held; None after a
-    failed update.
+    and from what is left in place at the end. `sums`: `held_sum` of what was read, and of each part of what is
+    held; None after a failed update.
     """
 
     init_info_cls = InitInfo
@@ -66,7 +69,7 @@ class CheckedWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._transport = transport
 
     def start_weight_update(self) -> None:
-        self.sums: tuple[int, int] | None = None
+        self.sums: Sums | None = None
         self._read = 0
         self._received: dict[str, tuple[str, tuple[int, ...], str]] = {}
         self._sums = _LayerSums()
@@ -97,7 +100,7 @@ class CheckedWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         finally:
             self._sums.restore()
         _repack_tied_head(self.model)
-        self.sums = self._read % 2**64, self._sums.total(self.model)
+        self.sums = self._read % 2**64, self._sums.parts(self.model)
 
     def abandon(self) -> None:
         """After `start_weight_update`, and maybe `receive_weights`: the update will not be finished.
@@ -168,7 +171,7 @@ class _LayerSums:
     """Sums of layers, each taken when the layer's weights are complete and not yet packed."""
 
     def __init__(self) -> None:
-        self._sums: dict[torch.nn.Module, int] = {}
+        self._sums: dict[torch.nn.Module, list[int]] = {}
         self._restore: list[Callable[[], None]] = []
 
     def watch(self, layer: torch.nn.Module, method: Any) -> None:
@@ -178,7 +181,7 @@ class _LayerSums:
         original = method.process_weights_after_loading
 
         def process(module: torch.nn.Module) -> None:
-            self._sums[module] = held_sum(p.data for p in module.parameters(recurse=False))
+            self._sums[module] = [held_sum([p.data]) for p in module.parameters(recurse=False)]
             original(module)
 
         method.process_weights_after_loading = process
@@ -188,19 +191,19 @@ class _LayerSums:
         while self._restore:
             self._restore.pop()()
 
-    def total(self, model: torch.nn.Module) -> int:
+    def parts(self, model: torch.nn.Module) -> list[int]:
         """Of the whole model: watched layers as they were complete, the others as they are, each tensor once."""
-        total = 0
+        parts: list[int] = []
         seen: set[int] = set()
         for layer in model.modules():
             if layer in self._sums:
-                total += self._sums[layer]
+                parts += self._sums[layer]
                 seen.update(p.data_ptr() for p in layer.parameters(recurse=False))
         for parameter in model.parameters():
             if parameter.numel() and parameter.data_ptr() not in seen:
                 seen.add(parameter.data_ptr())
-                total += held_sum([parameter.data])
-        return total % 2**64
+                parts.append(held_sum([parameter.data]))
+        return parts
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from common.orphans import end_with_parent
@@ -97,7 +98,10 @@ class SegmentMonitorProcessor(LogitsProcessor):
         )
         texts = token_bytes(tokenizer)
         self._monitor = SegmentMonitor(self._vocabulary, device, (erase, finish), texts, slots=requests)
-        self._outbox = Outbox(settings["address"], threaded=device.type == "cuda")
+        # With tensor parallelism every rank judges the same, and must at the same step: a thread would be late on some.
+        alone = vllm_config.parallel_config.tensor_parallel_size == 1
+        address = settings["address"] if alone or get_tensor_model_parallel_rank() == 0 else None
+        self._outbox = Outbox(address, threaded=device.type == "cuda" and alone)
         self.version: int = settings["version"]
         self._device = device
         self._plain = PlainRows(finish, device)

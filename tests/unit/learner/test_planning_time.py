@@ -252,6 +252,19 @@ def test_more_replicas_and_ranks_shorten_their_phases(shape: ModelShape, count: 
     assert many.replica == few.replica
 
 
+def test_a_sync_costs_what_becomes_of_the_responses_under_way(shape: ModelShape):
+    found = {
+        in_flight: plan(shape, max_staleness=1, in_flight=in_flight).generation
+        for in_flight in ("keep", "recompute", "wait", "abort")
+    }
+    assert found["keep"].after_sync == 0.0
+    # Half of a response is made again, by all that are under way.
+    step, work = found["abort"].engine_step.seconds, step_work(eight_billion(), Assumptions())
+    assert found["abort"].after_sync == pytest.approx(work.engine_steps / 2 * step)
+    assert 0.0 < found["recompute"].after_sync < found["wait"].after_sync < found["abort"].after_sync
+    assert plan(shape, in_flight="abort").generation.after_sync == 0.0
+
+
 def test_each_transport_takes_as_long_as_its_narrowest_link(shape: ModelShape):
     assumptions = Assumptions(copy_share=1.0, gloo_share=1.0, collective_share=1.0, sync_latency_seconds=0.0)
     config = eight_billion("rollout.engine.replicas=8", "learner.ranks=8")

@@ -62,6 +62,7 @@ def processor(address: str, tokenizer: str = TOKENIZER.name, vocabulary: int = V
             tokenizer_revision=None,
             trust_remote_code=False,
         ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
     )
     return SegmentMonitorProcessor(config, torch.device("cpu"), is_pin_memory=False)

@@ -93,3 +93,12 @@ async def test_what_is_not_finite_is_told_behind_what_was_judged_before() -> Non
     receiver.cancel()
     outbox.close()
     inbox.close()
+
+
+def test_without_an_address_nothing_is_sent_and_ends_are_known_all_the_same() -> None:
+    outbox = Outbox(None, threaded=False)
+    outbox.put([(1, 1, True, [(0, 1)])], 5, judged([{Field.JUDGED: 1, Field.END: 1, Field.FINAL: 1}], longest=1))
+    outbox.put_non_finite([2], torch.tensor([True]), 3)
+    outbox.close()
+    assert list(outbox.ended) == [(1, True), (2, True)]
+    assert outbox.non_finite == {2: 3}
