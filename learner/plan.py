@@ -64,12 +64,12 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--replicas", type=int, help="instead of rollout.engine.replicas")
     result.add_argument("--ranks", type=int, help="instead of learner.ranks")
-    result.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of a replica")
+    result.add_argument("--tensor-parallel", type=int, help="instead of rollout.engine.tensor_parallel_size")
     result.add_argument(
         "--transport", choices=("host", "disk", "gloo", "nccl", "ipc"), help="instead of sync.transport"
     )
-    result.add_argument("--max-staleness", type=int, default=0, help="0: synchronous loop")
-    result.add_argument("--in-flight", choices=("keep", "recompute", "wait", "abort"), default="recompute")
+    result.add_argument("--max-staleness", type=int, help="instead of max_staleness; 0: synchronous loop")
+    result.add_argument("--in-flight", choices=("keep", "recompute", "wait", "abort"), help="instead of sync.in_flight")
     result.add_argument(
         "--offload", choices=("none", "optimizer"), default="none", help="what if AdamW's state were in host memory"
     )
@@ -97,6 +97,8 @@ def read_config(options: argparse.Namespace) -> RunConfig:
     counts: dict[str, Any] = {}
     if options.replicas is not None:
         counts = merge(counts, {"rollout": {"engine": {"replicas": options.replicas}}})
+    if options.max_staleness is not None:
+        counts = merge(counts, {"max_staleness": options.max_staleness})
     if options.ranks is not None:
         counts = merge(counts, {"learner": {"ranks": options.ranks}})
     path = options.config or (options.against and options.against / "config.yaml")
@@ -107,19 +109,17 @@ def read_config(options: argparse.Namespace) -> RunConfig:
 
 def read_setup(options: argparse.Namespace) -> Setup:
     """Raises ConfigError and InputError."""
-    for name in ("tensor_parallel", "max_staleness"):
-        least = 1 if name == "tensor_parallel" else 0
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')}: at least {least} (found {getattr(options, name)})")
+    if options.tensor_parallel is not None and options.tensor_parallel < 1:
+        raise ConfigError(f"--tensor-parallel: at least 1 (found {options.tensor_parallel})")
     config = read_config(options)
     return Setup(
         config=config,
         shape=read_shape(config.model, options.model_config),
         hardware=read_hardware(options.hardware),
-        tensor_parallel=options.tensor_parallel,
+        tensor_parallel=options.tensor_parallel or config.rollout.engine.tensor_parallel_size,
         transport=options.transport or config.sync.transport,
-        max_staleness=options.max_staleness,
-        in_flight=options.in_flight,
+        max_staleness=config.max_staleness,
+        in_flight=options.in_flight or config.sync.in_flight,
         offload=options.offload,
     )
 
@@ -137,8 +137,9 @@ def measure(options: argparse.Namespace) -> None:
         config = with_absolute_model(read_config(options))
         microbatch = measure_microbatch(config)
         with tempfile.TemporaryDirectory() as logs:
-            step = measure_engine(config, read_shape(config.model), hardware, Path(logs))
-        hardware = hardware.model_copy(update={"microbatch_seconds": microbatch, "engine_step_seconds": step})
+            step, each = measure_engine(config, read_shape(config.model), hardware, Path(logs))
+        costs = {"engine_step_seconds": step, "engine_response_seconds": each, "microbatch_seconds": microbatch}
+        hardware = hardware.model_copy(update=costs)
     write_hardware(hardware, options.measure)
     print(options.measure.read_text(), end="")
 

@@ -77,6 +77,9 @@ class FakeRollouts:
         if state:
             self.learnt = state[0]["learnt"]
 
+    def take_counts(self) -> dict[str, int]:
+        return {names.REPLICA_RESTARTS: 0, names.RESUBMISSIONS: 0}
+
     async def close(self) -> None:
         self.events.append("close")
 

@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import torch
 
+from common.config.run import InFlight
+from common.packed import PackedResponse
 from common.trajectory import Attempt, ResponseRequest, Trajectory, Verdict
 from common.weights import NonFiniteLogits, WeightUpdate
 from rollout_server.http.routes.admin import WeightLoader, admin_app
@@ -15,7 +17,8 @@ from rollout_server.http.routes.service import Service
 from rollout_server.http.server.settings import ServerSettings
 from rollout_server.http.server.tracing import Tracing
 from rollout_server.replicas.pool import Pool
-from rollout_server.replicas.replica import EngineFacts, ReplicaLost
+from rollout_server.replicas.record import Record
+from rollout_server.replicas.replica import EngineFacts, Priors, ReplicaLost
 from rollout_server.replicas.use import EngineUse
 from tests.http_server import events
 from tests.models import byte_tokenizer
@@ -89,6 +92,9 @@ class StubReplica:
             return await self._say(request, listener)
         finally:
             self.under_way -= 1
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        raise NotImplementedError
 
     async def _say(self, request: ResponseRequest, listener: Any) -> Trajectory:
         attempts: list[Attempt] = []
@@ -180,10 +186,16 @@ class StubReplica:
         self.calls.append("probe")
         return self.use
 
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
+    async def sync(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight) -> str:
         self.calls.append(f"sync {update.version}")
         self.checksum = update.checksum
         return update.checksum
+
+    async def priors(self) -> Priors:
+        return {}
+
+    async def restore_priors(self, priors: Priors) -> None:
+        self.calls.append("restore_priors")
 
     async def reset_prefix_cache(self) -> bool:
         self.calls.append("reset_prefix_cache")

@@ -42,9 +42,13 @@ class ModelConfig(StrictModel):
 
 
 class EngineConfig(StrictModel):
-    """One vLLM replica, on one GPU or on CPUs. `kv_cache_gib` is used on CPU, `gpu_memory_utilization` on GPUs."""
+    """One vLLM replica, on `tensor_parallel_size` GPUs or on CPUs.
+
+    `kv_cache_gib` is used on CPU, `gpu_memory_utilization` on GPUs.
+    """
 
     replicas: int = Field(default=1, ge=1, le=1024)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64, description="GPUs of a replica; processes on CPU.")
     max_concurrent_responses: int = Field(default=64, ge=1, le=8192)
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of a replica; null: OMP_NUM_THREADS, else the cores, shared."
@@ -55,12 +59,31 @@ class EngineConfig(StrictModel):
     enforce_eager: bool = True
     num_gpu_blocks_override: int | None = Field(default=None, ge=2)
     start_seconds: float = Field(default=600.0, gt=0.0, description="Deadline for a replica to start.")
+    max_restarts: int = Field(
+        default=5, ge=0, le=1000, description="Starts in a row that may fail before a lost replica is given up."
+    )
+    stall_seconds: float = Field(
+        default=180.0,
+        gt=0.0,
+        description="A replica whose engine makes no step for so long, though it has responses, is restarted.",
+    )
     response_seconds: float = Field(
         default=600.0,
         gt=0.0,
-        description="Deadline for one response, from when the engine takes it: waiting for a place does not count.",
+        description="A replica that finishes none of its responses for so long is restarted; waiting for a place "
+        "does not count.",
     )
     log_stats: bool = Field(default=False, description="Keep vLLM's own Prometheus metrics in the engine's process.")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all replicas, where there are any."""
+        return self.replicas * self.tensor_parallel_size
+
+    @property
+    def silence_seconds(self) -> float:
+        """How long no response may arrive from a pool that works: a stuck replica is noticed, and restarts may fail."""
+        return self.response_seconds + max(self.max_restarts, 1) * self.start_seconds
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -212,6 +235,7 @@ class LearnerConfig(StrictModel):
         return self
 
 
+InFlight = Literal["keep", "recompute", "wait", "abort"]
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 
 
@@ -220,15 +244,21 @@ class SyncConfig(StrictModel):
 
     `transport`: `host` is a file in shared memory, for replicas on the learner's machine; `disk` a file in `directory`,
     which every machine must see under this path; `gloo` a broadcast over the network in buckets of `bucket_bytes`,
-    64 MiB by default. `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the
-    address by which Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
+    64 MiB by default; `nccl` one from GPU to GPU, `ipc` memory of one GPU (neither has run on a GPU).
+    `network_interface`: of learner rank 0's machine, over which it sends; by default the one of the address by which
+    Ray knows the machine. `deadline_seconds`: for gathering and for loading, each.
+    `in_flight`: what becomes of responses that are under way. `recompute` goes on with them, and computes their KV
+    cache anew under the new weights; `keep` goes on with the old KV cache; `wait` lets them finish first, within the
+    deadline, and admits no others; `abort` ends them, and makes each again from its beginning. Every token carries the
+    version that sampled it.
     """
 
-    transport: Literal["host", "disk", "gloo"] = "host"
+    transport: Literal["host", "disk", "gloo", "nccl", "ipc"] = "host"
     directory: str | None = Field(default=None, min_length=1, description="For transport `disk`: a shared directory.")
     bucket_bytes: int | None = Field(default=None, ge=2**16, le=2**32, description="For transports that send.")
     network_interface: str | None = Field(default=None, min_length=1, description="For transports that send.")
     deadline_seconds: float = Field(default=120.0, gt=0.0)
+    in_flight: InFlight = "recompute"
 
     @property
     def packed_bytes(self) -> int:
@@ -241,8 +271,8 @@ class SyncConfig(StrictModel):
             raise ValueError("transport 'disk' needs directory: one that the learner's and every replica's machine see")
         for name, transports in (
             ("directory", ("disk",)),
-            ("bucket_bytes", ("gloo",)),
-            ("network_interface", ("gloo",)),
+            ("bucket_bytes", ("gloo", "nccl", "ipc")),
+            ("network_interface", ("gloo", "nccl")),
         ):
             if getattr(self, name) is not None and self.transport not in transports:
                 raise ValueError(f"{name} is for transport {', '.join(transports)}, not for {self.transport!r}")

@@ -4,11 +4,13 @@
 that they arrived. Both sides import this package; it imports neither of them.
 """
 
-from common.weights.checksum import held_sum, weights_checksum
+from common.weights.checksum import held_by_ranks, held_sum, weights_checksum
 from common.weights.updates import (
     DiskUpdate,
     GlooUpdate,
     HostUpdate,
+    IpcUpdate,
+    NcclUpdate,
     NonFiniteLogits,
     ReplicaSync,
     SyncReport,
@@ -19,10 +21,13 @@ __all__ = [
     "DiskUpdate",
     "GlooUpdate",
     "HostUpdate",
+    "IpcUpdate",
+    "NcclUpdate",
     "NonFiniteLogits",
     "ReplicaSync",
     "SyncReport",
     "WeightUpdate",
+    "held_by_ranks",
     "held_sum",
     "weights_checksum",
 ]

@@ -7,7 +7,8 @@ reorder tensors, so it is the same however elements are split, joined or ordered
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ import xxhash
 CHUNK_ELEMENTS = 2**20
 """What a sum on a device widens to 64 bits at a time: 8 MiB."""
 
+CHUNK_WORDS = 2**14
 DIGITS = 16
 _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """XXH3 over the bytes of a tensor in host memory, 16 hexadecimal digits. Releases the GIL."""
-    return xxhash.xxh3_64_hexdigest(as_bytes(tensor))
+    return xxhash.xxh3_64_hexdigest(as_bytes(tensor).numpy().data)
 
 
 def weights_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -39,6 +41,37 @@ def combined(tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
     """The checksum of tensors of which type, shape and digest are known, by name."""
     entries = [(name, kind, list(shape), digest) for name, (kind, shape, digest) in sorted(tensors.items())]
     return xxhash.xxh3_64_hexdigest(json.dumps(entries).encode())
+
+
+def device_digest(tensor: torch.Tensor) -> str:
+    """A digest of a tensor on any device, computed there; not that of `tensor_digest`. 16 hexadecimal digits.
+
+    A multilinear hash of each chunk of 32-bit words, whose weights are drawn once from a fixed seed, and XXH3 over the
+    chunks' hashes. Two tensors that differ have the same hash with a chance of about 2**-32. Source: Lemire and Kaser,
+    "Strongly universal string hashing is fast", 2014, section 3.
+    """
+    data = as_bytes(tensor)
+    padding = -data.numel() % (4 * CHUNK_WORDS)
+    whole = data.numel() - data.numel() % (4 * CHUNK_WORDS)
+    parts = [data[:whole]]
+    if padding:
+        parts.append(torch.cat([data[whole:], data.new_zeros(padding)]))
+    weights = _weights(data.device)
+    sums = [
+        (chunks.view(torch.int32).view(-1, CHUNK_WORDS).to(torch.int64) * weights).sum(dim=1)
+        for part in parts
+        for chunks in part.split(4 * CHUNK_ELEMENTS)
+        if chunks.numel()
+    ]
+    hashes = torch.cat(sums).cpu().numpy().tobytes() if sums else b""
+    return xxhash.xxh3_64_hexdigest(hashes + data.numel().to_bytes(8, "little"))
+
+
+@cache
+def _weights(device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(CHUNK_WORDS)
+    low, high = (torch.randint(0, 2**32, (CHUNK_WORDS,), generator=generator) for _ in range(2))
+    return ((high << 32) | low).to(device)
 
 
 def held_sum(tensors: Iterable[torch.Tensor]) -> int:
@@ -61,11 +94,21 @@ def _sum(tensor: torch.Tensor) -> int:
     return int(total)
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in host memory, without a copy if it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, without a copy if it is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def type_name(dtype: torch.dtype) -> str:
     """`float32` and the like."""
     return str(dtype).removeprefix("torch.")
+
+
+def held_by_ranks(ranks: Sequence[Sequence[int]]) -> int:
+    """`held_sum` of a model that is divided among ranks of tensor parallelism. `ranks`: of each the sums of its parts.
+
+    A part that sums up to the same everywhere is a copy on every rank, and counts once; the others are shares, whose
+    sums differ. Ranks hold as many parts in the same order.
+    """
+    parts = zip(*ranks, strict=True)
+    return sum(part[0] if len(set(part)) == 1 else sum(part) for part in parts) % 2**64

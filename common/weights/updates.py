@@ -74,7 +74,37 @@ class GlooUpdate(_Update):
         return f"{self.address}:{self.port}"
 
 
-WeightUpdate = Annotated[HostUpdate | DiskUpdate | GlooUpdate, Field(discriminator="transport")]
+class NcclUpdate(_Update):
+    """A store of the learner's where replicas come together, to be broadcast to from GPU to GPU."""
+
+    streams: ClassVar[bool] = True
+
+    transport: Literal["nccl"] = "nccl"
+    address: str
+    port: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+class IpcUpdate(_Update):
+    """A store of the learner's that tells a replica on the same GPU where in its memory the weights are."""
+
+    streams: ClassVar[bool] = True
+
+    transport: Literal["ipc"] = "ipc"
+    address: str
+    port: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+WeightUpdate = Annotated[
+    HostUpdate | DiskUpdate | GlooUpdate | NcclUpdate | IpcUpdate, Field(discriminator="transport")
+]
 
 
 class ReplicaSync(StrictModel):

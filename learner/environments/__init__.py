@@ -1,1 +1,1 @@
-"""What is trained on: data sets, made-up tasks, and rewards."""
+"""What is trained on: data sets, made-up tasks and rewards, as environments that responses act upon."""

@@ -208,7 +208,7 @@ async def _compare(
     config: RunConfig, rollouts: Rollouts, learner: Learner, prompts: Sequence[Prompt], name: str
 ) -> tuple[Comparison, list[Group]]:
     requests = check_requests(config, prompts, name)
-    progress = Progress(config.rollout.engine.response_seconds + GRACE_SECONDS)
+    progress = Progress(config.rollout.engine.silence_seconds + GRACE_SECONDS)
     groups = await generate_groups(rollouts, prompts, requests, progress)
     samples, parts = labelled_samples(groups)
     together = await learner.measure(samples)

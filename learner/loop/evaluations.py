@@ -59,7 +59,7 @@ class Evaluations:
         started = time.monotonic()
         requests = evaluation_requests(config, prompts, mode)
         judged = Tally(sum(map(len, requests)))
-        progress = Progress(config.rollout.engine.response_seconds + GRACE_SECONDS)
+        progress = Progress(config.rollout.engine.silence_seconds + GRACE_SECONDS)
         with part(f"evaluation ({mode})", step):
             async with Scoring(self._rewards, prompts, judged, step) as scoring:
                 generating = generate_groups(self._rollouts, prompts, requests, progress, scoring.add)

@@ -69,7 +69,7 @@ class Producer:
         self.version = 0
         self.generating = Busy()
         self.generated_tokens = 0
-        self.progress = Progress(config.rollout.engine.response_seconds + GRACE_SECONDS)
+        self.progress = Progress(config.rollout.engine.silence_seconds + GRACE_SECONDS)
         self._at_once = 1 if config.max_staleness else config.rollout.groups_per_step
         self._judged = Tally(config.responses_per_step)
         self._judged_groups = 0

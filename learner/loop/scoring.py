@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from common import metrics as names
 from common.packed import Group, PackedResponse, TokenArrays, committed
 from common.trajectory import Prompt
-from learner.environments.rewards import RewardItem, Rewards, Score, Tally
+from learner.environments.environment import Action, Environment, SingleTurn
+from learner.environments.rewards import Rewards, Score, Tally
 from learner.run.errors import PartError, part
 
 Key = tuple[str, int]
@@ -78,6 +79,7 @@ class Scoring:
         step: int,
     ) -> None:
         self._rewards = rewards
+        self._environment: Environment = SingleTurn(rewards)
         self._prompts = {prompt.id: prompt for prompt in prompts}
         self._step = step
         self._scores: dict[Key, asyncio.Task[Score]] = {}
@@ -119,17 +121,14 @@ class Scoring:
     async def _score(self, prompt: Prompt, response: PackedResponse, tally: Tally) -> Score:
         try:
             with part("reward", self._step):
-                item = RewardItem(
-                    prompt_id=prompt.id,
-                    prompt=prompt.text,
-                    response=response.text,
-                    answer=prompt.answer,
-                    sample=response.sample,
-                    finish_reason=response.finish_reason,
-                    token_ids=await _token_ids(response) if self._rewards.reads_tokens else (),
-                    row=prompt.columns,
-                )
-                score = await self._rewards.score(item)
+                episode = await self._environment.reset(prompt, response.sample)
+                token_ids = await _token_ids(response) if self._rewards.reads_tokens else ()
+                turn = await episode.step(Action(response.text, response.finish_reason, token_ids))
+                if not turn.done:
+                    raise RuntimeError(
+                        f"prompt {prompt.id!r}: the environment expects another turn, of which none is made"
+                    )
+                score = await episode.score()
                 tally.count(score)
                 self._judged.count(score)
                 self._rewards.judge(self._judged)

@@ -33,6 +33,8 @@ from learner.run.trajectory_files import write_trajectories
 
 log = logging.getLogger(__name__)
 
+CANCEL_SECONDS = 30.0
+
 
 class Trainer:
     """Trains step after step. `state` is that of the last finished step."""
@@ -91,6 +93,7 @@ class Trainer:
                 metrics = await self._learn(step, taken)
                 clock.mark("trained")
                 metrics |= await self._publish(step)
+                metrics |= self._rollouts.take_counts()
                 clock.mark("published")
                 metrics |= self._finish(step, taken, metrics, rollouts_state)
                 self._tell(step, taken, metrics | clock.finish())
@@ -125,7 +128,10 @@ class Trainer:
             yield
         finally:
             producing.cancel()
-            await asyncio.gather(producing, return_exceptions=True)
+            # What does not end in time is given up: the parts are closed next.
+            _, late = await asyncio.wait({producing}, timeout=CANCEL_SECONDS)
+            if late:
+                log.error("generation did not end within %g s of being cancelled", CANCEL_SECONDS)
 
     async def _ready(self, step: int) -> list[Any]:
         """Wait until the learner may train; returns what the rollout side has learnt of the thresholds."""

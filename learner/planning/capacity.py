@@ -77,10 +77,11 @@ class Plan:
         reading = step.bandwidth >= step.operations
         return {
             "replicas: memory bandwidth": share * step.bandwidth if reading else 0.0,
-            "replicas: operations": (0.0 if reading else share * step.operations) + made.prefill + made.recompute,
+            "replicas: operations": (0.0 if reading else share * step.operations) + made.prefill,
             "replicas: links": share * step.links,
             "replicas: engine steps": share * step.overhead,
             "replicas: the longest responses": made.tail,
+            "replicas: responses under way at a sync": made.after_sync,
             "learner: operations": trained.operations,
             "learner: micro-batches": trained.overhead,
             "learner: links": trained.links,

@@ -37,13 +37,13 @@ class Generation:
     engine_step: EngineStep
     decode: float
     prefill: float
-    recompute: float
+    after_sync: float
     tail: float
     with_more_memory: float
 
     @property
     def seconds(self) -> float:
-        return self.decode + self.prefill + self.recompute + self.tail
+        return self.decode + self.prefill + self.after_sync + self.tail
 
 
 def engine_step(setup: Setup, assumptions: Assumptions, responses: float, context: float) -> EngineStep:
@@ -64,7 +64,7 @@ def engine_step(setup: Setup, assumptions: Assumptions, responses: float, contex
         bandwidth=(weights + cache) / bandwidth,
         operations=operations / _operations_per_second(setup, assumptions),
         links=links,
-        overhead=hardware.engine_step_seconds,
+        overhead=hardware.engine_step_seconds + responses * hardware.engine_response_seconds,
     )
 
 
@@ -108,7 +108,7 @@ def generation(setup: Setup, assumptions: Assumptions, work: Work, memory: Repli
         engine_step=engine_step(setup, assumptions, concurrency, context),
         decode=decode(concurrency),
         prefill=_prefill(setup, assumptions, work),
-        recompute=_recompute(setup, assumptions, work, concurrency),
+        after_sync=_after_sync(setup, assumptions, work, concurrency),
         tail=tail,
         with_more_memory=decode(max(others, concurrency)),
     )
@@ -122,11 +122,19 @@ def _prefill(setup: Setup, assumptions: Assumptions, work: Work) -> float:
     return (prompts + again) / setup.replicas / setup.tensor_parallel / _operations_per_second(setup, assumptions)
 
 
-def _recompute(setup: Setup, assumptions: Assumptions, work: Work, concurrency: int) -> float:
-    """After a sync while responses are under way, what they hold is computed again under the new weights."""
-    if setup.is_synchronous or setup.in_flight not in ("recompute", "abort"):
+def _after_sync(setup: Setup, assumptions: Assumptions, work: Work, concurrency: int) -> float:
+    """What an asynchronous loop's sync costs the responses under way, which are half done on average."""
+    context = work.prompt_tokens + work.response_tokens / 2
+    if setup.is_synchronous or setup.in_flight == "keep":
         return 0.0
-    each = _prompt_operations(setup, work.prompt_tokens + work.response_tokens / 2)
+    if setup.in_flight == "wait":
+        # None begins until the last has ended: half of the places are empty in that time.
+        half = engine_step(setup, assumptions, max(concurrency / 2, 1.0), context)
+        return work.engine_steps / 2 * half.seconds
+    if setup.in_flight == "abort":
+        again = engine_step(setup, assumptions, concurrency, context)
+        return work.engine_steps / 2 * again.seconds
+    each = _prompt_operations(setup, context)
     return concurrency * each / setup.tensor_parallel / _operations_per_second(setup, assumptions)
 
 

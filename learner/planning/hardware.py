@@ -38,6 +38,9 @@ class Hardware(StrictModel):
     digest_gb_per_second: float = Field(gt=0.0, le=1e5, description="BLAKE2b of a checkpoint, on the driver's node.")
     load_gb_per_second: float = Field(gt=0.0, le=1e5, description="vLLM loads weights from the host's memory.")
     engine_step_seconds: float = Field(ge=0.0, le=10.0, description="Of an engine step beyond the model's own work.")
+    engine_response_seconds: float = Field(
+        ge=0.0, le=10.0, description="Of each response in an engine step: scheduling, sampling, the monitor."
+    )
     microbatch_seconds: float = Field(ge=0.0, le=100.0, description="Of a micro-batch beyond the model's own work.")
 
     def tflops(self, dtype: str) -> float:
@@ -73,6 +76,7 @@ def _gpu(
         digest_gb_per_second=5.0,
         load_gb_per_second=5.0,
         engine_step_seconds=0.004,
+        engine_response_seconds=1e-5,
         microbatch_seconds=0.05,
     )
 

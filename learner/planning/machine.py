@@ -77,11 +77,13 @@ def _ram_verdict(config: RunConfig, rank: float, weights: float) -> str:
 
 def _gpu_verdict(config: RunConfig, rank: float, weights: float, gpus: list[int]) -> str:
     replicas, ranks, smallest = config.rollout.engine.replicas, config.learner.ranks, min(gpus)
+    parallel = config.rollout.engine.tensor_parallel_size
+    each = "one each" if parallel == 1 else f"{parallel} and one each"
     text = (
-        f"{len(gpus)} GPU(s) of {gib(smallest)} and more; {replicas} replica(s) + {ranks} rank(s) take one each, "
+        f"{len(gpus)} GPU(s) of {gib(smallest)} and more; {replicas} replica(s) + {ranks} rank(s) take {each}, "
         f"a rank about {gib(rank)} of it"
     )
-    return _with_warning(text, replicas + ranks > len(gpus) or max(rank, weights) > smallest, False)
+    return _with_warning(text, replicas * parallel + ranks > len(gpus) or max(rank, weights) > smallest, False)
 
 
 def _with_warning(text: str, too_small: bool, too_full: bool) -> str:

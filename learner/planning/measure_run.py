@@ -1,6 +1,7 @@
 """Fixed costs of an engine step and of a micro-batch, measured with the model that is planned for."""
 
 import asyncio
+import itertools
 import time
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from learner.planning.generation import engine_step
 from learner.planning.hardware import Hardware
 from learner.planning.setup import Setup
 from learner.planning.shape import ModelShape
+from learner.run.errors import InputError, PartError
 
-WARM_TOKENS, TIMED_TOKENS = 16, 64
-ROUNDS = 5
+WARM_TOKENS, TIMED_TOKENS = 8, 128
+TOGETHER = 16
+ROUNDS = 4
+_groups = itertools.count()
 
 
 def measure_microbatch(config: RunConfig) -> float:
@@ -36,42 +40,74 @@ def measure_microbatch(config: RunConfig) -> float:
     return min(seconds)
 
 
-def measure_engine(config: RunConfig, shape: ModelShape, hardware: Hardware, log_directory: Path) -> float:
-    """Seconds of an engine step beyond the model's own work, from one response alone in a replica that is started."""
+def measure_engine(
+    config: RunConfig, shape: ModelShape, hardware: Hardware, log_directory: Path
+) -> tuple[float, float]:
+    """Seconds of an engine step beyond the model's own work, and what each response adds, from a replica's own steps.
+
+    `hardware` tells what the model's own work is. A plan for more responses than `TOGETHER` extrapolates.
+    """
     from learner.run.cluster import ray_cluster
     from learner.run.training_run import load_rollouts
 
     with ray_cluster(config, log_directory):
-        seconds = asyncio.run(_alone(load_rollouts(), config, log_directory))
-    context = 1 + WARM_TOKENS + TIMED_TOKENS / 2
-    work = engine_step(Setup(config, shape, hardware), Assumptions(), 1, context)
-    return max(seconds - (work.seconds - work.overhead), 0.0)
+        alone, together = asyncio.run(_steps(load_rollouts(), config, log_directory))
+    free = hardware.model_copy(update={"engine_step_seconds": 0.0, "engine_response_seconds": 0.0})
+    setup, context = Setup(config, shape, free), 1 + _most_tokens(config) / 2
+    spare = [
+        max(seconds - engine_step(setup, Assumptions(), count, context).seconds, 0.0)
+        for count, seconds in ((1, alone), (TOGETHER, together))
+    ]
+    each = max(spare[1] - spare[0], 0.0) / (TOGETHER - 1)
+    return max(spare[0] - each, 0.0), each
 
 
-async def _alone(rollouts: Rollouts, config: RunConfig, log_directory: Path) -> float:
-    """Seconds of one engine step."""
+async def _steps(rollouts: Rollouts, config: RunConfig, log_directory: Path) -> tuple[float, float]:
+    """Seconds of an engine step with one response, and with `TOGETHER`."""
+    few, many = WARM_TOKENS, _most_tokens(config)
     try:
         await rollouts.start(config, log_directory)
-        taken = [await _generate(rollouts, config, number, WARM_TOKENS) for number in range(ROUNDS)]
-        longer = [await _generate(rollouts, config, number, WARM_TOKENS + TIMED_TOKENS) for number in range(ROUNDS)]
-        return (min(longer) - min(taken)) / TIMED_TOKENS
+        found = []
+        for count in (1, TOGETHER):
+            await _generate(rollouts, config, count, many)
+            short = [await _generate(rollouts, config, count, few) for _ in range(ROUNDS)]
+            long = [await _generate(rollouts, config, count, many) for _ in range(ROUNDS)]
+            found.append((min(long) - min(short)) / (many - few))
+        return found[0], found[1]
     finally:
         await rollouts.close()
 
 
-async def _generate(rollouts: Rollouts, config: RunConfig, number: int, tokens: int) -> float:
-    request = ResponseRequest(
-        prompt_id="measure",
-        group_id=f"measure-{tokens}-{number}",
-        group_size=1,
-        sample=0,
-        seed=number,
-        prompt_token_ids=[1],
-        max_tokens=min(tokens, config.rollout.max_response_tokens),
-        ignore_eos=True,
-        policy=config.rollout.erasure.model_copy(update={"max_erasures": 0}),
-    )
+def _most_tokens(config: RunConfig) -> int:
+    most = min(TIMED_TOKENS, config.rollout.max_response_tokens)
+    if most <= WARM_TOKENS:
+        raise InputError(
+            f"--measure-engine: rollout.max_response_tokens ({config.rollout.max_response_tokens}) is too short to "
+            f"time engine steps: more than {WARM_TOKENS} are needed"
+        )
+    return most
+
+
+async def _generate(rollouts: Rollouts, config: RunConfig, count: int, tokens: int) -> float:
+    """Seconds of `count` responses of `tokens` tokens each, judged and never erased."""
+    group = f"measure-{next(_groups)}"
+    requests = [
+        ResponseRequest(
+            prompt_id="measure",
+            group_id=group,
+            group_size=count,
+            sample=sample,
+            prompt_token_ids=[1],
+            max_tokens=tokens,
+            ignore_eos=True,
+            policy=config.rollout.erasure.model_copy(update={"max_erasures": 0}),
+        )
+        for sample in range(count)
+    ]
     started = time.perf_counter()
-    async for _ in rollouts.generate([[request]]):
-        pass
+    async for response in rollouts.generate([requests]):
+        if response.generated_tokens != tokens:
+            raise PartError(
+                "rollout", f"a response of {tokens} tokens was asked for, one of {response.generated_tokens} came"
+            )
     return time.perf_counter() - started

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.config import RunConfig
+from common.config.run import InFlight
 from learner.planning.hardware import Hardware
 from learner.planning.memory import Offload
 from learner.planning.shape import ModelShape
 from learner.run.errors import InputError
 
 Transport = Literal["host", "disk", "gloo", "nccl", "ipc"]
-InFlight = Literal["keep", "recompute", "wait", "abort"]
 
 
 @dataclass(frozen=True, slots=True)

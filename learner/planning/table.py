@@ -65,7 +65,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "engine_step_seconds": made.engine_step.seconds,
             "decode": made.decode,
             "prefill": made.prefill,
-            "recompute": made.recompute,
+            "after_sync": made.after_sync,
             "tail": made.tail,
         },
         "training": {
@@ -151,8 +151,8 @@ def _seconds(plan: Plan) -> Table:
     made, trained = plan.generation, plan.training
     notes = {
         "generation": f"{made.concurrency:,} at a time (limit: {made.limited_by}), "
-        f"{made.engine_step.seconds * 1e3:.1f} ms an engine step; prefill {made.prefill:.1f} s, again after a sync "
-        f"{made.recompute:.1f} s, the longest alone {made.tail:.1f} s",
+        f"{made.engine_step.seconds * 1e3:.1f} ms an engine step; prefill {made.prefill:.1f} s, after a sync "
+        f"{made.after_sync:.1f} s, the longest alone {made.tail:.1f} s",
         "reward": "beside generation",
         "train": f"{trained.microbatches:,} micro-batches a rank; operations {trained.operations:.1f} s, links "
         f"{trained.links:.1f} s{' at the same time' if trained.overlaps else ''}, optimizer {trained.optimizer:.2f} s",

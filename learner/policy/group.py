@@ -323,12 +323,14 @@ def trains_on_gpus(config: RunConfig, gpus: int) -> bool:
 
     Raises LearnerError if they are too few for another one.
     """
-    replicas, ranks = config.rollout.engine.replicas, config.learner.ranks
+    engine, ranks = config.rollout.engine, config.learner.ranks
+    replicas = engine.gpus
     if gpus == 0 or gpus >= replicas + ranks:
         return gpus > 0
     if config.model.dtype != "float32":
+        parallel = " x tensor_parallel_size" if engine.tensor_parallel_size > 1 else ""
         raise LearnerError(
-            f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas + learner.ranks "
+            f"the cluster has {gpus} GPUs, fewer than rollout.engine.replicas{parallel} + learner.ranks "
             f"({replicas} + {ranks} = {replicas + ranks})"
         )
     return False

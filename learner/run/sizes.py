@@ -29,6 +29,11 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
             "treated responses per group",
             f"{config.treated_per_group}, {rollout.treatment.kind}, while the share applies",
         ),
+        (
+            "groups under way",
+            f"at most {(config.max_staleness + 1) * rollout.groups_per_step} = (max_staleness "
+            f"{config.max_staleness} + 1) x {rollout.groups_per_step} groups per step",
+        ),
         ("responses at a time", f"{concurrent} on {rollout.engine.replicas} replica(s)"),
         (
             "optimizer steps",
@@ -51,8 +56,9 @@ def derived_sizes(config: RunConfig) -> list[tuple[str, str]]:
         ("responses per evaluation", f"{evaluation}, plain and erasable each"),
         (
             "GPUs, where there are any",
-            f"{rollout.engine.replicas + learner.ranks} = {rollout.engine.replicas} replica(s) + {learner.ranks} "
-            "learner rank(s)",
+            f"{rollout.engine.gpus + learner.ranks} = {rollout.engine.replicas} replica(s)"
+            + (f" x {rollout.engine.tensor_parallel_size}" if rollout.engine.tensor_parallel_size > 1 else "")
+            + f" + {learner.ranks} learner rank(s)",
         ),
     ]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.machine import boot_id
 from common.owned_directories import OwnedDirectory, remove_leftovers
 from common.weights.updates import DiskUpdate
-from common.weights.weight_file import WeightWriter, WrittenWeights
+from common.weights.weight_file import OpenFile, WeightWriter, WrittenWeights
 from learner.weights.publisher import Parameters
 
 PREFIX = "e3rl-weights-"
@@ -38,7 +38,7 @@ class DiskPublisher:
         if free < parameters.bytes:
             raise OSError(errno.ENOSPC, _no_room(self._shared, parameters.bytes, free))
         file = self._directory.create(self._partial(version).name)
-        self._writers[version] = WeightWriter(file, parameters.shapes), file
+        self._writers[version] = WeightWriter(OpenFile(file), parameters.shapes), file
         return DiskUpdate(version=version, checksum="", bytes=parameters.bytes, path=str(self._complete(version)))
 
     def publish(self, version: int, parameters: Parameters) -> WrittenWeights:

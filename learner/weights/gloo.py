@@ -5,7 +5,6 @@ receives it from there, while the ranks train on.
 """
 
 import logging
-import mmap
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from common.weights.gloo_group import DISCARDED, TICKETS, Group, Seat, buckets, call
 from common.weights.updates import GlooUpdate
-from common.weights.weight_file import WeightWriter, WrittenWeights
+from common.weights.weight_file import MemoryFile, WeightWriter, WrittenWeights
 from learner.weights.publisher import Parameters
 
 log = logging.getLogger(__name__)
@@ -41,13 +40,17 @@ class GlooPublisher:
         self._bucket_bytes = bucket_bytes
         self._deadline_seconds = deadline_seconds
         self._sendings: dict[int, _Sending] = {}
+        self._spare: MemoryFile | None = None
 
     def begin(self, version: int, parameters: Parameters) -> GlooUpdate:
         self.discard(version)
         if self._sendings:
             # A replica that is lost is waited for once.
             self._expected = max(1, self._sendings[max(self._sendings)].last_round)
-        sending = _Sending(parameters, self._expected, self._address, self._bucket_bytes, self._deadline_seconds)
+        memory, self._spare = self._spare or MemoryFile(os.memfd_create("e3rl-weights")), None
+        sending = _Sending(
+            memory, parameters, self._expected, self._address, self._bucket_bytes, self._deadline_seconds
+        )
         self._sendings[version] = sending
         return GlooUpdate(
             version=version,
@@ -70,19 +73,33 @@ class GlooPublisher:
 
     def discard(self, version: int) -> None:
         if version in self._sendings:
-            self._sendings.pop(version).close(f"version {version} was given up")
+            sending = self._sendings.pop(version)
+            if sending.close(f"version {version} was given up") and self._spare is None:
+                self._spare = sending.memory
+            else:
+                os.close(sending.memory.file)
 
     def close(self) -> None:
         for version in list(self._sendings):
             self.discard(version)
+        if self._spare is not None:
+            os.close(self._spare.file)
+            self._spare = None
 
 
 class _Sending:
     """One version, its store and the thread that serves it. `last_round`: how many replicas took part last."""
 
     def __init__(
-        self, parameters: Parameters, expected: int, address: str, bucket_bytes: int, deadline_seconds: float
+        self,
+        memory: MemoryFile,
+        parameters: Parameters,
+        expected: int,
+        address: str,
+        bucket_bytes: int,
+        deadline_seconds: float,
     ) -> None:
+        self.memory = memory
         self.last_round = expected
         self.stall_seconds = deadline_seconds / STALLS_PER_DEADLINE
         self.store = TCPStore(
@@ -91,9 +108,7 @@ class _Sending:
         self._address = address
         self._bucket_bytes = bucket_bytes
         self._deadline_seconds = deadline_seconds
-        self._file = os.memfd_create("e3rl-weights")
-        self.writer = WeightWriter(self._file, parameters.shapes)
-        self._mapped = mmap.mmap(self._file, self.writer.total_bytes)
+        self.writer = WeightWriter(memory, parameters.shapes)
         self._checksum: str | None = None
         self._complete = threading.Event()
         self._closed = threading.Event()
@@ -113,8 +128,8 @@ class _Sending:
             self.writer.fail()
         return written
 
-    def close(self, why: str) -> None:
-        """Stop sending, and forget the weights."""
+    def close(self, why: str) -> bool:
+        """Stop sending; whether nothing is sent any more from this memory."""
         self.store.set(DISCARDED, why)
         self._closed.set()
         self.writer.fail()
@@ -122,7 +137,7 @@ class _Sending:
         if group is not None:
             group.abort()
         self._thread.join(self.stall_seconds)
-        os.close(self._file)
+        return not self._thread.is_alive()
 
     def _serve(self) -> None:
         """Rounds, one after the other, for as long as the version is kept."""
@@ -160,7 +175,7 @@ class _Sending:
     def _send(self, seat: Seat) -> None:
         deadline = time.monotonic() + self._deadline_seconds
         self._group = group = Group(self.store, seat, self._address, self.stall_seconds)
-        data = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        data = self.memory.bytes
         under_way: deque[torch.distributed.Work] = deque()
         parts = list(buckets(self.writer.total_bytes, self.writer.header_bytes, self._bucket_bytes))
         for number, (start, end) in enumerate(parts):

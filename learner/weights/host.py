@@ -9,7 +9,7 @@ from pathlib import Path
 from common.machine import boot_id
 from common.owned_directories import OwnedDirectory, remove_leftovers
 from common.weights.updates import HostUpdate
-from common.weights.weight_file import WeightWriter, WrittenWeights
+from common.weights.weight_file import MemoryFile, WeightWriter, WrittenWeights
 from learner.weights.publisher import Parameters
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -29,8 +29,8 @@ class HostPublisher:
     def begin(self, version: int, parameters: Parameters) -> HostUpdate:
         self.discard(version)
         one = self._files[version] = self._new_file(version, parameters.bytes)
-        self._writers[version] = WeightWriter(one.file, parameters.shapes)
-        state = os.fstat(one.file)
+        self._writers[version] = WeightWriter(one.memory, parameters.shapes)
+        state = os.fstat(one.memory.file)
         return HostUpdate(
             version=version,
             checksum="",
@@ -57,7 +57,7 @@ class HostPublisher:
 
     def close(self) -> None:
         for one in (*self._files.values(), *((self._spare,) if self._spare else ())):
-            os.close(one.file)
+            os.close(one.memory.file)
         for directory in self._directories.values():
             directory.remove()
         self._files.clear()
@@ -69,27 +69,27 @@ class HostPublisher:
         name = f"v{version}.safetensors"
         if self._spare is not None:
             spare, self._spare = self._spare, None
-            return _File(spare.path.rename(spare.path.with_name(name)), spare.file)
+            return _File(spare.path.rename(spare.path.with_name(name)), spare.memory)
         parent = weight_directory(size)
         if parent not in self._directories:
             self._directories[parent] = OwnedDirectory(PREFIX, parent)
         directory = self._directories[parent]
-        return _File(directory.path / name, directory.create(name))
+        return _File(directory.path / name, MemoryFile(directory.create(name)))
 
     def _retire(self, version: int) -> None:
         """Its name is gone at once. One such file is kept to be written again."""
         one = self._files.pop(version)
         if self._spare is None:
-            self._spare = _File(one.path.rename(one.path.with_name("spare")), one.file)
+            self._spare = _File(one.path.rename(one.path.with_name("spare")), one.memory)
         else:
             one.path.unlink()
-            os.close(one.file)
+            os.close(one.memory.file)
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path
-    file: int
+    memory: MemoryFile
 
 
 def remove_weight_leftovers() -> None:

@@ -6,6 +6,8 @@ from common.config.run import SyncConfig
 from learner.weights.disk import DiskPublisher
 from learner.weights.gloo import GlooPublisher, address_of
 from learner.weights.host import HostPublisher
+from learner.weights.ipc import ipc_publisher
+from learner.weights.nccl import nccl_publisher
 from learner.weights.publisher import Publisher
 
 
@@ -21,3 +23,9 @@ def publisher(config: SyncConfig, replicas: int, address: str) -> Publisher:
             if config.network_interface is not None:
                 address = address_of(config.network_interface)
             return GlooPublisher(address, replicas, config.packed_bytes, config.deadline_seconds)
+        case "nccl":
+            if config.network_interface is not None:
+                address = address_of(config.network_interface)
+            return nccl_publisher(address, replicas, config.packed_bytes, config.deadline_seconds)
+        case "ipc":
+            return ipc_publisher(replicas, config.packed_bytes, config.deadline_seconds)

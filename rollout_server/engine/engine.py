@@ -7,19 +7,20 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from typing import Any
 
 from vllm import RequestOutput
-from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.envs import enable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from common.config.run import EngineConfig, ModelConfig
+from common.config.run import EngineConfig, InFlight, ModelConfig
 from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
-from common.weights import NonFiniteLogits, WeightUpdate
+from common.weights import NonFiniteLogits, WeightUpdate, held_by_ranks
 from rollout_server.engine.errors import CannotSample, EngineClosed, GenerationAborted, PromptTooLong, WeightSyncError
 from rollout_server.engine.group_members import GroupMembers
 from rollout_server.engine.launch import engine_args, eos_token_ids, prepare_environment
@@ -28,6 +29,7 @@ from rollout_server.engine.plain_requests import PlainRequests
 from rollout_server.engine.rollback import ResubmitRollback, Rollback, top_logprobs
 from rollout_server.engine.sampling import plain_params, score_params
 from rollout_server.monitor.records import Inbox, NonFiniteRecord, Record
+from rollout_server.weights.receiver import NotReachable
 from rollout_server.weights.receivers import Receivers
 
 log = logging.getLogger("e3rl.engine")
@@ -65,9 +67,7 @@ class ErasableEngine:
         self.sentinel_ids = sentinel_ids
         self.eos_token_ids = eos_token_ids(llm)
         self._uids = itertools.count(1)
-        self._rollback = ResubmitRollback(
-            llm, sentinel_ids, self.eos_token_ids, name="erasable", version=lambda: self.version, uids=self._uids
-        )
+        self._rollback = ResubmitRollback(llm, sentinel_ids, self.eos_token_ids, name="erasable", uids=self._uids)
         self._members = GroupMembers()
         self._plain = PlainRequests(llm, finish=sentinel_ids[1])
         self._receiver = asyncio.create_task(inbox.receive(self._deliver))
@@ -78,7 +78,9 @@ class ErasableEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._sync_failure: str | None = None
-        self._receivers = Receivers()
+        self._receivers = Receivers(self._connect, llm.vllm_config.parallel_config.world_size)
+        self._cache_era = 0
+        """How often a sync left KV of old weights in the cache."""
         self._closed = False
         self.version = 0
 
@@ -142,7 +144,7 @@ class ErasableEngine:
                 f"scoring {len(prompt_token_ids)} tokens at once needs {logits * 4 / 2**30:.1f} GiB on CPU; "
                 f"at most {MAX_SCORED_LOGITS * 4 / 2**30:.1f} GiB are allowed"
             )
-        prompt = tokens_input(prompt_token_ids, cache_salt=cache_salt)
+        prompt = tokens_input(prompt_token_ids, cache_salt=self._salted(cache_salt))
         async with self._admitted():
             uid = next(self._uids)
             outputs = _checked(self._plain.outputs(uid, prompt, score_params(top, uid)))
@@ -186,7 +188,7 @@ class ErasableEngine:
         if request.policy is None:
             return await self._generate_plain(request, listener)
         try:
-            return await self._rollback.generate(request, listener)
+            return await self._rollback.generate(request, listener, self._salted(request.extras.cache_salt))
         finally:
             if len(self._rollback.aborted) + len(self._members) >= RELEASE_AFTER:
                 await self.settle()
@@ -253,14 +255,17 @@ class ErasableEngine:
         await self._llm.resume_generation()
         self._admitting.set()
 
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
-        """Load `update` between two steps; requests under way go on with it. Returns the checksum of what is held.
+    async def sync(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight = "recompute") -> str:
+        """Load `update` between two steps. Returns the checksum of what is held.
 
-        Weights are received, and compared with what was sent, while the engine generates. A pause lasts
-        on. Tokens sampled from then on carry the new version, and no KV of the old weights is used again.
+        Weights are received, and compared with what was sent, while the engine generates. A pause lasts on. Tokens
+        sampled from then on carry the new version. `in_flight`: what becomes of responses under way, see `SyncConfig`.
+        No KV of the old weights is used again, except with `keep`: there responses under way go on with what they have,
+        and those that begin later use none of it.
 
         Raises:
             WeightSyncError: not in time, not as they were sent, or an error in vLLM.
+            NotReachable: the transport cannot bring them here.
         """
         started = time.monotonic()
         try:
@@ -269,30 +274,37 @@ class ErasableEngine:
                 self._receivers.receiving(update, deadline_seconds) as arrived,
             ):
                 self._admitting.clear()
-                await self._llm.pause_generation(mode="keep", clear_cache=False)
+                await self._stop(in_flight)
                 if self._sync_failure is not None:
                     # The engine may have been too busy with the failed one to give it up.
                     await self._llm.collective_rpc("e3rl_abandon_weight_update")
                 await self._llm.start_weight_update()
-                await self._llm.update_weights(WeightTransferUpdateRequest(arrived.update_info))
+                async for part in arrived.parts():
+                    await self._llm.update_weights(WeightTransferUpdateRequest(part))
                 await self._llm.finish_weight_update(weight_version=str(update.version))
-                for read, held in await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,)):
+                ranks = await self._llm.collective_rpc("e3rl_weights_loaded", args=(update.version,))
+                held = held_by_ranks([parts for _, parts in ranks])
+                for read, _ in ranks:
                     if read != held:
                         raise WeightSyncError(
                             f"version {update.version}: the engine's parameters sum up to {held:016x}, those that "
                             f"arrived to {read:016x}"
                         )
-                await self._llm.reset_prefix_cache(reset_running_requests=True)
+                checksum = arrived.compare(await self._llm.collective_rpc("e3rl_received_checksum"))
+                await self._forget_old_cache(in_flight)
         except BaseException as error:
+            left = f": {self._under_way} responses were still under way" if in_flight == "wait" else ""
             self._sync_failure = f"weight sync of version {update.version} failed: {error!r}"
             try:
                 await asyncio.shield(self._abandon_sync())
             except Exception as second:
                 self._sync_failure += f", and could not be given up: {second!r}"
                 raise WeightSyncError(self._sync_failure) from error
+            if isinstance(error, NotReachable):
+                raise
             if isinstance(error, TimeoutError):
                 waited = time.monotonic() - started
-                raise WeightSyncError(f"version {update.version} was not loaded within {waited:.1f} s") from error
+                raise WeightSyncError(f"version {update.version} was not loaded within {waited:.1f} s{left}") from error
             if isinstance(error, Exception) and not isinstance(error, WeightSyncError):
                 raise WeightSyncError(self._sync_failure) from error
             raise
@@ -300,7 +312,36 @@ class ErasableEngine:
         self.version = update.version
         if not self._paused:
             await self._admit()
-        return arrived.checksum
+        return checksum
+
+    async def _connect(self, info: dict[str, Any]) -> None:
+        """Have the workers join the learner's group, for weights that go from GPU to GPU."""
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def _stop(self, in_flight: InFlight) -> None:
+        """Bring the engine to rest, with responses under way frozen or ended."""
+        if in_flight == "wait" and not self._paused:
+            await self._idle.wait()
+        if in_flight == "abort":
+            while self._under_way:
+                # A response may be between two of vLLM's requests, and unknown to vLLM for the moment.
+                await self._llm.pause_generation(mode="abort")
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+
+    async def _forget_old_cache(self, in_flight: InFlight) -> None:
+        """No response uses KV of the old weights again, except those that are to keep theirs.
+
+        Their blocks stay among the cached prefixes: a salt keeps others from them.
+        """
+        if in_flight == "keep" and self._under_way:
+            self._cache_era += 1
+            await self._llm.reset_prefix_cache()
+        else:
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
+
+    def _salted(self, salt: str | None) -> str | None:
+        """What keeps a response that begins now from KV of weights before the last sync, which others kept."""
+        return salt if not self._cache_era else f"{salt or ''}#{self._cache_era}"
 
     async def _abandon_sync(self) -> None:
         """After a failed sync: requests that wait are answered with the failure, and another sync can start."""
@@ -352,7 +393,7 @@ class ErasableEngine:
             params = plain_params(request, self.eos_token_ids, uid, listened=listener is not None)
         except (VLLMValidationError, ValueError) as error:
             raise CannotSample(str(error)) from error
-        prompt = tokens_input(request.prompt_token_ids, cache_salt=request.extras.cache_salt)
+        prompt = tokens_input(request.prompt_token_ids, cache_salt=self._salted(request.extras.cache_salt))
         token_ids: list[int] = []
         output = None
         async for output in _checked(self._plain.outputs(uid, prompt, params)):

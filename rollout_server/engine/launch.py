@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 
+from transformers import AutoConfig
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -31,7 +32,7 @@ def prepare_environment(engine: EngineConfig) -> None:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(1)),
+            "OMP_NUM_THREADS": str(engine.threads or threads_per_engine(engine.tensor_parallel_size)),
             # oneDNN keeps what it compiles for each batch size, 0.1 MiB and more a piece; by default 1,024 of them.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
         }
@@ -44,7 +45,9 @@ def engine_args(model: ModelConfig, engine: EngineConfig, address: str, version:
 
     Raises:
         NoSentinelsError: the model has no token ids to spare for sentinels.
+        ValueError: the model cannot be divided among `engine.tensor_parallel_size` ranks.
     """
+    check_divides(model, engine.tensor_parallel_size)
     sentinels = model_sentinels(model)
     log.info("sentinels: %s", sentinels)
     return AsyncEngineArgs(
@@ -60,6 +63,9 @@ def engine_args(model: ModelConfig, engine: EngineConfig, address: str, version:
         num_gpu_blocks_override=engine.num_gpu_blocks_override,
         block_size=engine.block_size,
         enforce_eager=engine.enforce_eager,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        # Within a placement group vLLM would make Ray actors of its workers, for which the group has no room.
+        distributed_executor_backend="mp" if engine.tensor_parallel_size > 1 else None,
         enable_prefix_caching=True,
         # On CPU the engine dies of a seeded request whose prompt is computed in parts: torch's generator has no offset.
         enable_chunked_prefill=False if current_platform.is_cpu() else None,
@@ -73,6 +79,20 @@ def engine_args(model: ModelConfig, engine: EngineConfig, address: str, version:
         enable_log_requests=False,
         seed=0,
     )
+
+
+def check_divides(model: ModelConfig, ranks: int) -> None:
+    """Raises ValueError unless each rank has key-value heads of its own: of copies a sync could not tell how many."""
+    if ranks == 1:
+        return
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    ).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % ranks:
+        raise ValueError(
+            f"rollout.engine.tensor_parallel_size ({ranks}) does not divide the model's {heads} key-value heads"
+        )
 
 
 def eos_token_ids(llm: AsyncLLM) -> tuple[int, ...]:

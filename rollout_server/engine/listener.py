@@ -31,11 +31,7 @@ class Listener(Protocol):
         ...
 
     def judged(self, attempt: Attempt, final: bool) -> None:
-        """A segment was accepted or erased. `final`: it was accepted and ends the response.
-
-        Tokens that were on their way while the weights changed carry the new version here; the trajectory has them
-        right.
-        """
+        """A segment was accepted or erased. `final`: it was accepted and ends the response."""
         ...
 
     def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:

@@ -15,7 +15,8 @@ class Progress:
 
     `kind`: of its statistics. `erased_limit`: tokens that may be erased in all. `attempt`: the number of the next
     attempt at `segment`; 0 where nothing of the segment is on record. `erased_at`: the engine step that ended the last
-    submission by an erasure. `adjustments`: what all submissions are sampled with.
+    submission by an erasure. `adjustments`: what all submissions are sampled with. `cache_salt`: they share cached
+    prefixes with those of the same salt only.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Progress:
     erased_at: int | None = None
     finished: bool = False
     adjustments: Adjustments | None = None
+    cache_salt: str | None = None
 
     @property
     def under_way(self) -> list[Attempt]:
@@ -104,34 +106,28 @@ class Progress:
 
 @dataclass(slots=True)
 class Sampled:
-    """What one submission sampled, from position `start` of the response on.
-
-    `versions`: spans (start, end, weight version) over `token_ids`.
-    """
+    """What one submission sampled, from position `start` of the response on."""
 
     start: int
     token_ids: list[int] = field(default_factory=list)
-    versions: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
 
-    def add(self, token_ids: list[int], version: int) -> None:
-        start = len(self.token_ids)
-        if self.versions and self.versions[-1][2] == version:
-            start = self.versions.pop()[0]
-        self.token_ids += token_ids
-        self.versions.append((start, len(self.token_ids), version))
 
-    def spans(self, start: int, end: int) -> list[VersionSpan]:
-        """The versions of the tokens at `start` to `end` of the response, counted from `start`."""
-        first, last = start - self.start, end - self.start
-        return [
-            VersionSpan(start=max(begin, first) - first, end=min(stop, last) - first, version=version)
-            for begin, stop, version in self.versions
-            if begin < last and stop > first
-        ]
+def version_spans(versions: Sequence[tuple[int, int]], start: int, end: int) -> list[VersionSpan]:
+    """The versions of the tokens at `start` to `end` of a response, counted from `start`.
+
+    `versions`: positions in the response, and the version from there on, in order.
+    """
+    spans = []
+    for place, (first, version) in enumerate(versions):
+        last = versions[place + 1][0] if place + 1 < len(versions) else end
+        begin, stop = max(first, start), min(last, end)
+        if begin < stop:
+            spans.append(VersionSpan(start=begin - start, end=stop - start, version=version))
+    return spans
 
 
 def judged(attempt: Attempt) -> Judgement:

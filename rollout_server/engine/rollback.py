@@ -7,7 +7,7 @@ at most the part of one block. An implementation inside the engine would replace
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, V
 from common.weights import NonFiniteLogits
 from rollout_server.engine.errors import GenerationAborted, RecordLost
 from rollout_server.engine.listener import Listener, TopLogprobs
-from rollout_server.engine.progress import Progress, Sampled
+from rollout_server.engine.progress import Progress, Sampled, version_spans
 from rollout_server.engine.sampling import adjustments, submission_params
 from rollout_server.monitor import Field
 from rollout_server.monitor.records import JudgementRecord, NonFiniteRecord, Record
@@ -39,7 +39,9 @@ UNWATCHED_TOKENS = 16
 class Rollback(Protocol):
     """Generates a monitored response, erasing what the monitor says."""
 
-    async def generate(self, request: ResponseRequest, listener: Listener | None) -> Trajectory: ...
+    async def generate(
+        self, request: ResponseRequest, listener: Listener | None, cache_salt: str | None
+    ) -> Trajectory: ...
 
     def deliver(self, record: Record) -> None:
         """Take a record from the monitor."""
@@ -76,8 +78,8 @@ class _Mailbox:
 class ResubmitRollback:
     """Rollback through requests to vLLM.
 
-    `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests. `version`: that of the weights now.
-    `uids`: numbers that no other request of the engine gets.
+    `eos_token_ids` end a response; `sentinel_ids` (erase, finish) end requests. `uids`: numbers that no other request
+    of the engine gets.
     """
 
     def __init__(
@@ -86,14 +88,12 @@ class ResubmitRollback:
         sentinel_ids: tuple[int, int],
         eos_token_ids: tuple[int, ...],
         name: str,
-        version: Callable[[], int],
         uids: Iterator[int],
     ) -> None:
         self._llm = llm
         self._sentinel_ids = sentinel_ids
         self._eos_token_ids = eos_token_ids
         self._name = name
-        self._version = version
         self._uids = uids
         self._mailboxes: dict[int, _Mailbox] = {}
         self.aborted: list[tuple[int, str]] = []
@@ -117,14 +117,18 @@ class ResubmitRollback:
             mailbox.closed = True
             mailbox.arrived.set()
 
-    async def generate(self, request: ResponseRequest, listener: Listener | None = None) -> Trajectory:
-        """Generate one response, beginning again after each erasure, until its last segment is accepted."""
+    async def generate(self, request: ResponseRequest, listener: Listener | None, cache_salt: str | None) -> Trajectory:
+        """Generate one response, beginning again after each erasure, until its last segment is accepted.
+
+        `cache_salt`: shares cached prefixes with those of the same salt only.
+        """
         policy = request.policy
         if policy is None:
             raise ValueError("a response without a policy is not monitored and cannot be erased")
         erased_limit = policy.erased_token_limit(request.max_tokens)
         progress = Progress(statistics_kind(request, policy), policy, erased_limit)
         progress.adjustments = adjustments(request, self._eos_token_ids, self._llm.get_tokenizer())
+        progress.cache_salt = cache_salt
         progress.resume(request.resume_from)
         progress.finished = progress.is_complete(request, self._eos_token_ids)
         while not progress.finished:
@@ -173,18 +177,12 @@ class ResubmitRollback:
                     listener.resumed(output.num_cached_tokens or 0)
                 if listener.wants_tokens:
                     listener.sampled(tokens, top_logprobs(output, len(tokens)))
-            sampled.add(tokens, self._version())
+            sampled.token_ids += tokens
             if listener is not None:
                 while mailbox.records and mailbox.records[0].field(Field.END) <= sampled.end:
                     ended = self._take(mailbox.records.popleft(), sampled, request, progress, listener)
         if output is None or output.outputs[0].finish_reason == "abort":
             raise GenerationAborted(f"vLLM aborted a request of prompt {request.prompt_id}, sample {request.sample}")
-        spans = output.outputs[0].weight_versions or []
-        sampled.versions = [(span.start, span.end, int(span.version)) for span in spans]
-        for index in range(taken, len(progress.attempts)):
-            attempt = progress.attempts[index]
-            versions = sampled.spans(attempt.start, attempt.end)
-            progress.attempts[index] = attempt.model_copy(update={"versions": versions})
         while ended is None:
             ended = self._take(await mailbox.take(uid), sampled, request, progress, listener)
         if progress.finished and not ended.final:
@@ -242,7 +240,7 @@ class ResubmitRollback:
             extra_args=submission.extra_args(),
         )
         # In this form vLLM takes token ids as they are; as a prompt they would go through its pool of threads.
-        prompt = tokens_input(request.prompt_token_ids + progress.committed, cache_salt=request.extras.cache_salt)
+        prompt = tokens_input(request.prompt_token_ids + progress.committed, cache_salt=progress.cache_salt)
         return self._llm.generate(prompt, params, f"{self._name}-{uid}", priority=-1 if progress.attempts else 0)
 
     def _take(
@@ -258,7 +256,7 @@ class ResubmitRollback:
         token_ids = sampled.token_ids[first - sampled.start : end - sampled.start]
         if len(token_ids) != end - first:
             raise RecordLost(f"a judgement of tokens {first} to {end}, but only {sampled.end} were sampled")
-        attempt = _attempt(record, token_ids, sampled.spans(first, end))
+        attempt = _attempt(record, token_ids, version_spans(record.versions, first, end))
         kept = progress.add(attempt)
         progress.finished = record.final or (kept is not None and progress.is_complete(request, self._eos_token_ids))
         if progress.erased_at is not None:

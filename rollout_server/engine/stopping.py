@@ -23,16 +23,30 @@ class Engine(Protocol):
 
 
 class StopWatch:
-    """Listens to one response for its stop strings. `found` is called at the first, unless the response ends anyway."""
+    """Listens to one response for its stop strings. `found` is called at the first, unless the response ends anyway.
+
+    `resume_from`: what is known of the response, which may hold one already. `listener` hears of the same, up to the
+    segment that holds the stop string: for it that one is final.
+    """
 
     wants_tokens = False
 
-    def __init__(self, cursor: TextCursor, found: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        cursor: TextCursor,
+        found: Callable[[], object],
+        resume_from: Sequence[Attempt] = (),
+        listener: Listener | None = None,
+    ) -> None:
         self._cursor = cursor
         self._found = found
-        self._attempts: list[Attempt] = []
+        self._listener = listener
+        self._attempts: list[Attempt] = list(resume_from)
         self._tokens: list[int] = []
         self._reused_prefix_tokens = 0
+        for attempt in resume_from:
+            if attempt.verdict == "accepted" and not self.has_stopped:
+                self._commit(attempt.token_ids, final=True)
 
     @property
     def has_stopped(self) -> bool:
@@ -46,6 +60,8 @@ class StopWatch:
     def resumed(self, cached_tokens: int) -> None:
         """Part of `Listener`."""
         self._reused_prefix_tokens += cached_tokens
+        if self._listener is not None:
+            self._listener.resumed(cached_tokens)
 
     def judged(self, attempt: Attempt, final: bool) -> None:
         """Part of `Listener`."""
@@ -54,6 +70,8 @@ class StopWatch:
         self._attempts.append(attempt)
         if attempt.verdict == "accepted":
             self._commit(attempt.token_ids, final)
+        if self._listener is not None:
+            self._listener.judged(attempt, final or self.has_stopped)
 
     def restored(self, attempt: Attempt, kept: Attempt, final: bool) -> None:
         """Part of `Listener`."""
@@ -63,6 +81,8 @@ class StopWatch:
         place = [(a.segment, a.attempt) for a in self._attempts].index((kept.segment, kept.attempt))
         self._attempts[place] = kept
         self._commit(kept.token_ids, final)
+        if self._listener is not None:
+            self._listener.restored(attempt, kept, final or self.has_stopped)
 
     def trajectory(self, request: ResponseRequest, whole: Trajectory | None, version: int) -> Trajectory:
         """The response up to the stop string. `whole`: what the engine made of it, if it got to the end.
@@ -94,12 +114,20 @@ class StopWatch:
             self._found()
 
 
-async def generate_until_stop(engine: Engine, tokenizer: Any, request: ResponseRequest) -> Trajectory:
-    """One response, up to and with the token that completes one of `request.stop` in its committed text."""
+async def generate_until_stop(
+    engine: Engine, tokenizer: Any, request: ResponseRequest, listener: Listener | None = None
+) -> Trajectory:
+    """One response, up to and with the token that completes one of `request.stop` in its committed text.
+
+    `listener` hears of judgements only.
+    """
     options = TextOptions(stops=request.stop, silent=frozenset(engine.eos_token_ids))
     cursor = TextCursor(tokenizer, request.prompt_token_ids, options)
-    watch = StopWatch(cursor, lambda: task.cancel())
+    watch = StopWatch(cursor, lambda: task.cancel(), request.resume_from, listener)
     version = engine.version
+    had_stopped = watch.has_stopped
+    if had_stopped:
+        return watch.trajectory(request, None, version)
     task = asyncio.create_task(engine.generate(request, watch))
     whole: Trajectory | None = None
     try:

@@ -7,7 +7,7 @@ import torch
 
 from rollout_server.engine.scheduling import kv_blocks
 from rollout_server.monitor.adapters.vllm_v1 import SegmentMonitorProcessor
-from rollout_server.weights.loading import FileWeightTransfer
+from rollout_server.weights.loading import CheckedWeightTransfer, Sums
 
 WORKER_EXTENSION = "rollout_server.engine.worker_extension.WorkerExtension"
 
@@ -36,11 +36,16 @@ class WorkerExtension:
         """Take over the statistics of a checkpoint."""
         self._e3rl_processor().restore_priors(priors)
 
-    def e3rl_weights_loaded(self, version: int) -> tuple[int, int] | None:
-        """The weights that were loaded last are `version`. Returns `FileWeightTransfer.sums`."""
-        engine: FileWeightTransfer = self.weight_transfer_engine
-        self._e3rl_processor().version = version
+    def e3rl_weights_loaded(self, version: int) -> Sums | None:
+        """The weights that were loaded last are `version`. Returns `CheckedWeightTransfer.sums`."""
+        engine: CheckedWeightTransfer = self.weight_transfer_engine
+        self._e3rl_processor().weights_changed(version)
         return engine.sums
+
+    def e3rl_received_checksum(self) -> str:
+        """See `CheckedWeightTransfer.checksum`."""
+        engine: CheckedWeightTransfer = self.weight_transfer_engine
+        return engine.checksum()
 
     def e3rl_non_finite(self, uid: int) -> int | None:
         """See `SegmentMonitorProcessor.non_finite`."""
@@ -61,7 +66,7 @@ class WorkerExtension:
         """Close an update that was not finished, if there is one, so that the next one can start."""
         if self._weight_update_active:
             self._weight_update_active = False
-            engine: FileWeightTransfer = self.weight_transfer_engine
+            engine: CheckedWeightTransfer = self.weight_transfer_engine
             engine.abandon()
             engine.reset_weight_update_target()
 

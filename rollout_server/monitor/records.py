@@ -28,8 +28,12 @@ FLUSH_SECONDS = 10.0
 NON_FINITE_KEPT = 65536
 """Requests of which it is remembered that their logits were not finite: far more than are under way at once."""
 
-Sender = tuple[int, int, bool]
-"""A submission's uid, the engine step in which its first token was sampled, and whether somebody watches it."""
+Versions = list[tuple[int, int]]
+"""Positions in a response, and the version of the weights from there on, in order."""
+
+Sender = tuple[int, int, bool, Versions]
+"""A submission's uid, the engine step in which its first token was sampled, whether somebody watches it, and which
+weights sampled it."""
 
 
 class JudgementRecord(msgspec.Struct, array_like=True, tag=0):
@@ -37,6 +41,7 @@ class JudgementRecord(msgspec.Struct, array_like=True, tag=0):
 
     `opened`, `step`: engine steps in which the submission's first token was sampled and the segment was judged.
     `fields`: by `rollout_server.monitor.Field`. `tokens`: float32 bytes of `[tokens, 3]`, as in `Judged.tokens`.
+    `versions`: of the weights that sampled the submission's tokens.
     """
 
     uid: int
@@ -44,6 +49,7 @@ class JudgementRecord(msgspec.Struct, array_like=True, tag=0):
     step: int
     fields: list[float]
     tokens: bytes
+    versions: Versions
 
     def field(self, field: Field) -> float:
         return self.fields[field]
@@ -77,18 +83,21 @@ class Outbox:
     """The monitor's side. On a GPU a thread waits for the copies to the host, so that no step does.
 
     Submissions that a record ends are in `ended` once the record has left, for the adapter to collect. `non_finite`:
-    weight versions of requests whose logits were not finite, by uid.
+    weight versions of requests whose logits were not finite, by uid. Without an address nothing is sent: another
+    process says the same.
     """
 
-    def __init__(self, address: str, threaded: bool) -> None:
+    def __init__(self, address: str | None, threaded: bool) -> None:
         self.ended: deque[tuple[int, bool]] = deque()
         self.non_finite: OrderedDict[int, int] = OrderedDict()
         self._held: list[Record] = []
         self._encoder = msgspec.msgpack.Encoder()
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.LINGER, INBOX_LINGER_MS)
-        self._socket.connect(address)
+        self._socket: zmq.Socket[bytes] | None = None
+        if address is not None:
+            self._socket = zmq.Context.instance().socket(zmq.PUSH)
+            self._socket.set_hwm(0)
+            self._socket.setsockopt(zmq.LINGER, INBOX_LINGER_MS)
+            self._socket.connect(address)
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], torch.cuda.Event | None]] | None = None
         if threaded:
             self._queue = queue.SimpleQueue()
@@ -125,7 +134,13 @@ class Outbox:
 
     def close(self) -> None:
         """Close the socket once what was sent has left; in a worker the end of its process does that."""
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
+
+    def _send_held(self) -> None:
+        if self._socket is not None:
+            self._socket.send(self._encoder.encode(self._held))
+        self._held.clear()
 
     def _send_later(
         self, waiting: "queue.SimpleQueue[tuple[Callable[[], None], torch.cuda.Event | None]]", send: Callable[[], None]
@@ -146,8 +161,7 @@ class Outbox:
         if not fresh:
             return
         self._held += [NonFiniteRecord(uid, version) for uid in fresh]
-        self._socket.send(self._encoder.encode(self._held))
-        self._held.clear()
+        self._send_held()
         self.non_finite.update(dict.fromkeys(fresh, version))
         while len(self.non_finite) > NON_FINITE_KEPT:
             self.non_finite.popitem(last=False)
@@ -157,18 +171,19 @@ class Outbox:
         tokens = judged.tokens.numpy()
         ended = []
         due = False
-        for row, ((uid, opened, watched), fields) in enumerate(zip(senders, judged.fields.tolist(), strict=True)):
+        for row, ((uid, opened, watched, versions), fields) in enumerate(
+            zip(senders, judged.fields.tolist(), strict=True)
+        ):
             if not fields[Field.JUDGED]:
                 continue
             length = int(fields[Field.END] - fields[Field.START])
-            record = JudgementRecord(uid, opened, step, fields, tokens[row, :length].tobytes())
+            record = JudgementRecord(uid, opened, step, fields, tokens[row, :length].tobytes(), versions)
             self._held.append(record)
             due |= watched
             if record.erased or record.final:
                 ended.append((uid, record.final))
         if due or ended:
-            self._socket.send(self._encoder.encode(self._held))
-            self._held.clear()
+            self._send_held()
         self.ended.extend(ended)
 
 

@@ -9,6 +9,15 @@ class NoReplicaReady(Exception):
         self.final = final
 
 
+class StartFailed(Exception):
+    """A replica did not start at first; the message is that of `error`."""
+
+    def __init__(self, number: int, error: Exception) -> None:
+        super().__init__(str(error) or type(error).__name__)
+        self.number = number
+        self.error = error
+
+
 class VersionNotNewer(Exception):
     """Weights cannot have this version: one that is newer, or the same with other weights, has been served."""
 

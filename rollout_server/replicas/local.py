@@ -6,13 +6,17 @@ from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from common.config.run import EngineConfig, ModelConfig
+from common.config.run import EngineConfig, InFlight, ModelConfig
+from common.packed import PackedResponse
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.engine import ErasableEngine
 from rollout_server.engine.errors import CannotSample, EngineClosed, RecordLost, WeightSyncError
 from rollout_server.engine.listener import Listener, PromptScores
-from rollout_server.replicas.replica import EngineFacts, NoWeights, ReplicaLost, RequestRefused
+from rollout_server.engine.stopping import generate_until_stop
+from rollout_server.replicas.packing import packed
+from rollout_server.replicas.record import Record, Recorder
+from rollout_server.replicas.replica import EngineFacts, NoWeights, Priors, ReplicaLost, RequestRefused
 from rollout_server.replicas.use import EngineUse
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -36,6 +40,20 @@ class LocalReplica:
         engine = self.engine
         with self._translated(engine):
             return await engine.generate(request, listener)
+
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        return await self.generate_heard(request, None if record is None else Recorder(record.parts.append))
+
+    async def generate_heard(self, request: ResponseRequest, listener: Listener | None) -> PackedResponse:
+        """As `generate_packed`; `listener` hears of judgements."""
+        engine = self.engine
+        tokenizer: Any = engine.llm.get_tokenizer()
+        with self._translated(engine):
+            if request.stop:
+                trajectory = await generate_until_stop(engine, tokenizer.backend_tokenizer, request, listener)
+            else:
+                trajectory = await engine.generate(request, listener)
+        return packed(trajectory, request, tokenizer)
 
     async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> PromptScores:
         engine = self.engine
@@ -62,32 +80,32 @@ class LocalReplica:
 
     async def probe(self) -> EngineUse:
         engine = self.engine
-        try:
+        with self._translated(engine):
             await engine.check_health()
             return EngineUse.of(await engine.counters())
-        except EngineDeadError as error:
-            raise ReplicaLost("the engine died") from error
 
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
-        return await self.engine.sync(update, deadline_seconds)
+    async def sync(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight) -> str:
+        return await self.engine.sync(update, deadline_seconds, in_flight)
+
+    async def priors(self) -> Priors:
+        with self._translated(self.engine):
+            return await self.engine.priors()
+
+    async def restore_priors(self, priors: Priors) -> None:
+        with self._translated(self.engine):
+            await self.engine.restore_priors(priors)
 
     async def reset_prefix_cache(self) -> bool:
-        try:
+        with self._translated(self.engine):
             return await self.engine.reset_prefix_cache()
-        except EngineDeadError as error:
-            raise ReplicaLost("the engine died") from error
 
     async def pause(self, mode: str) -> None:
-        try:
+        with self._translated(self.engine):
             await self.engine.pause(mode)
-        except EngineDeadError as error:
-            raise ReplicaLost("the engine died") from error
 
     async def resume(self) -> None:
-        try:
+        with self._translated(self.engine):
             await self.engine.resume()
-        except EngineDeadError as error:
-            raise ReplicaLost("the engine died") from error
 
     async def close(self) -> None:
         if self._engine is not None:

@@ -3,10 +3,16 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.config.run import InFlight
+from common.packed import PackedResponse
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.listener import Listener, PromptScores
+from rollout_server.replicas.record import Record
 from rollout_server.replicas.use import EngineUse
+
+Priors = dict[str, list[list[float]]]
+"""Statistics of earlier groups, by kind of response: mean and second moment of U at each segment index."""
 
 
 class ReplicaLost(Exception):
@@ -56,6 +62,13 @@ class Replica(Protocol):
         """
         ...
 
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        """As `generate`, for training: as arrays with its text, and ended by `request.stop`.
+
+        `record` gets what is judged, in case that the replica is lost.
+        """
+        ...
+
     async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> PromptScores:
         """Log-probs and ranks of a prompt's tokens and of the `top` likeliest in their places."""
         ...
@@ -64,8 +77,20 @@ class Replica(Protocol):
         """What the engine is doing; raises unless it answers."""
         ...
 
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
-        """Load weights; the checksum of what is then held. What is paused stays so."""
+    async def sync(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight) -> str:
+        """Load weights; the checksum of what is then held. What is paused stays so.
+
+        `in_flight`: what becomes of responses under way, see `SyncConfig`; with `abort` their `generate` raises
+        `GenerationAborted`.
+        """
+        ...
+
+    async def priors(self) -> Priors:
+        """Statistics of earlier groups."""
+        ...
+
+    async def restore_priors(self, priors: Priors) -> None:
+        """Take over what `priors` gave."""
         ...
 
     async def reset_prefix_cache(self) -> bool:

@@ -1,6 +1,5 @@
 """The receiving side of `gloo`: buckets into a file in this process's memory, which vLLM's workers then map."""
 
-import mmap
 import os
 import time
 from collections import deque
@@ -22,7 +21,7 @@ from common.weights.gloo_group import (
     ticket_key,
 )
 from common.weights.updates import GlooUpdate
-from common.weights.weight_file import verify
+from common.weights.weight_file import MemoryFile, verify
 from rollout_server.weights.receiver import Arrived, NotReachable
 
 IN_FLIGHT = 2
@@ -46,9 +45,10 @@ class GlooReceiver:
         store = _store(update, deadline)
         file = os.memfd_create("e3rl-weights")
         try:
-            os.ftruncate(file, update.file_bytes)
+            memory = MemoryFile(file)
+            memory.resize(update.file_bytes)
             try:
-                checksum = self._fill(file, update, store, deadline)
+                checksum = self._fill(memory.bytes, update, store, deadline)
             except (RuntimeError, TransferInterrupted) as error:
                 # RuntimeError is what gloo and the store raise.
                 if (why := _discarded(store)) is not None:
@@ -57,14 +57,14 @@ class GlooReceiver:
                     f"weights of version {update.version} from {update.address} stopped half-way: {error}"
                 ) from error
             path = f"/proc/{os.getpid()}/fd/{file}"
-            verify(path, checksum)
+            verify(path, checksum, in_memory=True)
         except BaseException:
             os.close(file)
             raise
         return Arrived({"path": path}, checksum, lambda: os.close(file))
 
-    def _fill(self, file: int, update: GlooUpdate, store: TCPStore, deadline: float) -> str:
-        """Receive into `file`; the checksum that was sent."""
+    def _fill(self, data: torch.Tensor, update: GlooUpdate, store: TCPStore, deadline: float) -> str:
+        """Receive into `data`; the checksum that was sent."""
         ticket = store.add(TICKETS, 1)
         left = deadline - time.monotonic()
         if left <= 0.0:
@@ -74,7 +74,6 @@ class GlooReceiver:
         address = address_towards(update.address, update.port)
         seconds = max(0.1, min(update.stall_seconds, deadline - time.monotonic()))
         self._group = group = Group(store, seat, address, seconds)
-        data = torch.frombuffer(mmap.mmap(file, update.file_bytes), dtype=torch.uint8)
         under_way: deque[torch.distributed.Work] = deque()
         try:
             for start, end in buckets(update.file_bytes, update.header_bytes, update.bucket_bytes):

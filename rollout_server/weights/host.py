@@ -25,7 +25,7 @@ def receive(update: HostUpdate, deadline: float) -> Arrived:
         os.close(file)
     if (state.st_dev, state.st_ino) != update.file_id or boot_id() != update.boot_id:
         raise NotReachable(_elsewhere(update))
-    verify(update.path, update.checksum)
+    verify(update.path, update.checksum, in_memory=True)
     return Arrived({"path": update.path}, update.checksum)
 
 

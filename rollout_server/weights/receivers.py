@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from common.weights.gloo_group import TransferInterrupted
-from common.weights.updates import DiskUpdate, GlooUpdate, HostUpdate, WeightUpdate
+from common.weights.updates import DiskUpdate, GlooUpdate, HostUpdate, IpcUpdate, NcclUpdate, WeightUpdate
 from common.weights.weight_file import DamagedWeights
 from rollout_server.weights import disk, host
+from rollout_server.weights.device import Connect, arriving
 from rollout_server.weights.gloo import GlooReceiver
-from rollout_server.weights.receiver import Arrived
+from rollout_server.weights.receiver import Arrived, NotReachable
 
 log = logging.getLogger("e3rl.engine")
 
@@ -21,11 +22,20 @@ RETRY_PAUSE_SECONDS = 0.5
 TRANSIENT = (OSError, DamagedWeights, TransferInterrupted)
 
 
-class Receivers:
-    """Receives updates, one at a time. `retries`: how many had to be received again."""
+_Staged = HostUpdate | DiskUpdate | GlooUpdate
+"""Updates that are received as a whole before the engine pauses."""
 
-    def __init__(self) -> None:
+
+class Receivers:
+    """Receives updates, one at a time. `retries`: how many had to be received again.
+
+    `connect`: starts the transfer engines of the replica's `workers`, for weights that go from GPU to GPU.
+    """
+
+    def __init__(self, connect: Connect | None = None, workers: int = 1) -> None:
         self.retries = 0
+        self._connect = connect
+        self._workers = workers
         self._gloo = GlooReceiver()
 
     @asynccontextmanager
@@ -39,6 +49,12 @@ class Receivers:
             DamagedWeights, OSError, TransferInterrupted: they did not arrive as they were sent, twice.
         """
         deadline = time.monotonic() + deadline_seconds
+        if isinstance(update, NcclUpdate | IpcUpdate):
+            if self._connect is None:
+                raise NotReachable(f"this replica takes no weights by {update.transport}")
+            async with arriving(update, self._connect, self._workers, deadline) as one:
+                yield one
+            return
         receiving = asyncio.ensure_future(asyncio.to_thread(self._receive, update, deadline))
         try:
             arrived = await asyncio.shield(receiving)
@@ -50,7 +66,7 @@ class Receivers:
         finally:
             arrived.close()
 
-    def _receive(self, update: WeightUpdate, deadline: float) -> Arrived:
+    def _receive(self, update: _Staged, deadline: float) -> Arrived:
         for left in reversed(range(TRIES)):
             try:
                 return self._receive_once(update, deadline)
@@ -62,7 +78,7 @@ class Receivers:
                 time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
 
-    def _receive_once(self, update: WeightUpdate, deadline: float) -> Arrived:
+    def _receive_once(self, update: _Staged, deadline: float) -> Arrived:
         match update:
             case HostUpdate():
                 return host.receive(update, deadline)

@@ -32,6 +32,12 @@ def _http(directory: Path) -> list[Finding]:
     return measure_http(directory)
 
 
+def _weights(directory: Path) -> list[Finding]:
+    from tests.benchmarks.weights import measure_weights
+
+    return measure_weights(directory)
+
+
 def _asynchronous(directory: Path) -> list[Finding]:
     from tests.benchmarks.asynchronous import measure_asynchronous
 
@@ -48,6 +54,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {
     "engine": _engine,
     "training": _training,
     "http": _http,
+    "weights": _weights,
     "asynchronous": _asynchronous,
     "accuracy": _accuracy,
 }

@@ -72,13 +72,13 @@ class WeightLoader:
 
     async def _load(self, request: SyncRequest) -> WeightUpdate:
         replicas = self._service.replicas
-        replicas.check_version(request.policy_version)
+        replicas.newest.check(request.policy_version)
         update, kept = await asyncio.to_thread(prepare_update, request.path, self._config, self._shapes, self._dtype)
         try:
             return await replicas.sync(update, kept, request.policy_version)
         finally:
             # The file is what a restarted replica loads, so it stays until another takes its place.
-            if replicas.kept is kept:
+            if replicas.newest.kept is kept:
                 self.close()
                 self._kept = kept
             else:

@@ -10,10 +10,10 @@ from common.trajectory import ResponseRequest, Trajectory
 from common.weights import NonFiniteLogits
 from rollout_server.http.openai.choice import Choice, Chunk
 from rollout_server.http.openai.errors import unavailable
-from rollout_server.replicas.errors import NoReplicaReady
 from rollout_server.replicas.member import Member
 from rollout_server.replicas.pool import Pool
 from rollout_server.replicas.replica import ReplicaLost
+from rollout_server.replicas.resubmission import on_replicas, requests_again
 
 log = logging.getLogger("e3rl.generation")
 RESUBMISSIONS = 3
@@ -130,33 +130,36 @@ class Generation:
     async def _group(self, number: int) -> None:
         """Generate one group, what is left of it on another replica if its own dies."""
         group = self.groups[number]
-        for losses in itertools.count():
-            unfinished = [choice for choice in group if choice.finish_reason is None]
-            requests = [choice.request for choice in unfinished]
-            if losses:
-                requests = _resumed(unfinished, losses)
-            member = await self._choose(len(unfinished), resubmitted=losses > 0)
-            tasks: list[asyncio.Task[None]] = []
-            try:
-                await _score_prompt(unfinished, member)
-                if group[0].options.only_prompt:
-                    return
-                pairs = zip(unfinished, requests, strict=True)
-                await begun(((self._respond, choice, request, member) for choice, request in pairs), tasks)
-                await _all(tasks)
-                return
-            except ReplicaLost as error:
-                self._replicas.lost(member)
-                if losses >= RESUBMISSIONS:
-                    raise unavailable("the replica that generated this response died") from error
-            finally:
-                try:
-                    await ended(tasks)
-                finally:
-                    self._replicas.leave(member, len(unfinished))
+
+        def left() -> list[Choice]:
+            return [choice for choice in group if choice.finish_reason is None]
+
+        async def generate(member: Member, losses: int) -> None:
+            await self._generate(left(), losses, member)
+
+        def lost(error: ReplicaLost, losses: int) -> None:
+            if losses >= RESUBMISSIONS:
+                raise unavailable("the replica that generated this response died") from error
             self.resubmissions += 1
-            log.warning("a replica died; what its %d responses lack is generated on another", len(unfinished))
             self._rewind(group)
+
+        await on_replicas(self._replicas, lambda: len(left()), generate, lost, waits=False)
+
+    async def _generate(self, choices: list[Choice], losses: int, member: Member) -> None:
+        """Generate what is left of a group on `member`."""
+        requests = [choice.request for choice in choices]
+        if losses:
+            requests = requests_again([(c.request, c.attempts.copy(), c.is_complete) for c in choices], losses)
+        await _score_prompt(choices, member)
+        if choices[0].options.only_prompt:
+            return
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            pairs = zip(choices, requests, strict=True)
+            await begun(((self._respond, choice, request, member) for choice, request in pairs), tasks)
+            await _all(tasks)
+        finally:
+            await ended(tasks)
 
     def _rewind(self, group: list[Choice]) -> None:
         """Take the unfinished choices of a group back to where they can be resumed."""
@@ -171,16 +174,6 @@ class Generation:
                 self._fresh.pop(choice.index, None)
                 changed = self._changed if self._streams else None
                 group[place] = self._make_choice(choice.index, choice.request, changed)
-
-    async def _choose(self, responses: int, resubmitted: bool) -> Member:
-        """A replica; after a loss, wait for one to come back: the request's deadline bounds the wait."""
-        while True:
-            try:
-                return self._replicas.choose(responses)
-            except NoReplicaReady as error:
-                if not resubmitted or error.final:
-                    raise
-            await asyncio.sleep(0.1)
 
     async def _respond(self, choice: Choice, request: ResponseRequest, member: Member) -> None:
         task = asyncio.current_task()
@@ -249,18 +242,3 @@ def _joined(choice: Choice) -> list[Chunk]:
     for chunk, parts in zip(joined, texts, strict=True):
         chunk.text = "".join(parts)
     return joined
-
-
-def _resumed(choices: list[Choice], losses: int) -> list[ResponseRequest]:
-    """Requests for what the choices lack, as a group of their own: the old one's statistics are gone."""
-    size = sum(not choice.is_complete for choice in choices)
-    return [
-        choice.request.model_copy(
-            update={
-                "group_id": f"{choice.request.group_id}~{losses}",
-                "group_size": max(size, 1),
-                "resume_from": choice.attempts.copy(),
-            }
-        )
-        for choice in choices
-    ]

@@ -108,6 +108,7 @@ def make_replicas(settings: ServerSettings, model: ModelConfig, engine: EngineCo
         from rollout_server.replicas.local import LocalReplica
 
         return [LocalReplica(model, engine, settings.policy_version)]
+    from rollout_server.replicas.placement import Placement
     from rollout_server.replicas.ray_actor import RayReplica
     from rollout_server.replicas.ray_cluster import NoCluster, connect
 
@@ -117,7 +118,8 @@ def make_replicas(settings: ServerSettings, model: ModelConfig, engine: EngineCo
             connect(settings.ray_address)
         except NoCluster as error:
             raise StartError(str(error)) from error
-    return [RayReplica(number, model, engine, settings.policy_version) for number in range(settings.replicas)]
+    placement = Placement(engine)
+    return [RayReplica(n, model, engine, settings.policy_version, placement) for n in range(settings.replicas)]
 
 
 async def start_service(settings: ServerSettings, phases: Phases) -> tuple[Service, WeightLoader]:

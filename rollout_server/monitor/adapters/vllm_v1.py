@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from common.orphans import end_with_parent
@@ -22,7 +23,7 @@ from rollout_server.monitor import SegmentMonitor, SlotSpec
 from rollout_server.monitor.adapters.plain_rows import PlainRows
 from rollout_server.monitor.adapters.tables import GroupTable, StopTable
 from rollout_server.monitor.adjustments import Adjuster, Adjustments
-from rollout_server.monitor.records import Outbox
+from rollout_server.monitor.records import Outbox, Versions
 from rollout_server.monitor.spec import Submission
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class _Followed:
     """A request that the monitor follows.
 
     `output_ids`: vLLM's own running list; `seen`: how many of it were observed. `opened`: the engine step in which
-    it entered the batch. `away`: it left the batch. `ended`: the request is forced to its end.
+    it entered the batch. `position`: of its first token in the response. `versions`: of the weights that sample it.
+    `away`: it left the batch. `ended`: the request is forced to its end.
     """
 
     uid: int
@@ -48,6 +50,8 @@ class _Followed:
     output_ids: list[int]
     opened: int
     watched: bool
+    position: int
+    versions: Versions
     stops: tuple[int, ...] = ()
     adjuster: Adjuster | None = None
     seen: int = 0
@@ -95,7 +99,10 @@ class SegmentMonitorProcessor(LogitsProcessor):
         )
         texts = token_bytes(tokenizer)
         self._monitor = SegmentMonitor(self._vocabulary, device, (erase, finish), texts, slots=requests)
-        self._outbox = Outbox(settings["address"], threaded=device.type == "cuda")
+        # With tensor parallelism every rank judges the same, and must at the same step: a thread would be late on some.
+        alone = vllm_config.parallel_config.tensor_parallel_size == 1
+        address = settings["address"] if alone or get_tensor_model_parallel_rank() == 0 else None
+        self._outbox = Outbox(address, threaded=device.type == "cuda" and alone)
         self.version: int = settings["version"]
         self._device = device
         self._plain = PlainRows(finish, device)
@@ -148,6 +155,12 @@ class SegmentMonitorProcessor(LogitsProcessor):
             if broken is not None:
                 self._outbox.put_non_finite(list(self._plain.uids.values()), broken, self.version)
         return logits
+
+    def weights_changed(self, version: int) -> None:
+        """Tokens from now on are sampled by `version`. No step is under way."""
+        self.version = version
+        for followed in self._followed.values():
+            followed.versions.append((followed.position + len(followed.output_ids), version))
 
     def non_finite(self, uid: int) -> int | None:
         """The version of the weights that gave the request `uid` logits that are not finite; None if none did."""
@@ -225,7 +238,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
         if len(judged.slots) < len(fresh):
             by_slot = {followed.slot: followed for followed in fresh}
             fresh = [by_slot[slot] for slot in judged.slots.tolist()]
-        self._outbox.put([(followed.uid, followed.opened, followed.watched) for followed in fresh], self._step, judged)
+        senders = [(followed.uid, followed.opened, followed.watched, followed.versions) for followed in fresh]
+        self._outbox.put(senders, self._step, judged)
         self._collect_ended()
 
     def _collect_ended(self) -> None:
@@ -323,6 +337,8 @@ class SegmentMonitorProcessor(LogitsProcessor):
             output_ids,
             opened=self._step + 1,
             watched=submission.watched,
+            position=submission.position,
+            versions=[(submission.position, self.version)],
             stops=submission.stop_token_ids,
         )
         self._followed[submission.uid] = followed

@@ -11,13 +11,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common.config import EngineConfig, ErasurePolicy, FixedSegmentation, ModelConfig
+from common.config.run import SyncConfig
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import DiskUpdate, NonFiniteLogits, weights_checksum
+from learner.weights.publisher import Parameters
+from learner.weights.transports import publisher
 from rollout_server.engine import engine as engine_module
 from rollout_server.engine.engine import ErasableEngine
 from rollout_server.engine.errors import EngineClosed, WeightSyncError
 from tests.engines import ReferenceModel, RunningEngine, SilentListener, group_requests, running_engine
 from tests.models import tiny_llama, tiny_qwen3
+from tests.weights import parameters_of
 
 FAMILIES = {
     "qwen3-tied": lambda path, seed: tiny_qwen3(path, tied=True, seed=seed),
@@ -308,3 +312,37 @@ async def test_a_response_that_waits_for_a_pause_to_end_is_told_of_the_engines_e
     await engine.close()
     with pytest.raises(EngineClosed):
         await asyncio.wait_for(waiting, DEADLINE)
+
+
+@pytest.mark.parametrize("transport", ["host", "disk", "gloo"])
+def test_every_transport_brings_the_learners_weights_into_the_engine(
+    synced: Synced, tmp_path: Path, transport: str
+) -> None:
+    """Published as a rank publishes them; a replica that restarts may load them once more."""
+    config = SyncConfig(
+        transport=transport,  # type: ignore[arg-type]
+        directory=str(tmp_path) if transport == "disk" else None,
+        bucket_bytes=2**16 if transport == "gloo" else None,
+    )
+    engine, sender = synced.engine, publisher(config, 1, "127.0.0.1")
+
+    async def publish_and_sync(version: int, parameters: Parameters) -> None:
+        update = sender.begin(version, parameters)
+        publishing = asyncio.create_task(asyncio.to_thread(sender.publish, version, parameters))
+        if not update.streams:
+            update = update.model_copy(update={"checksum": (await publishing).checksum})
+        held = await engine.engine.sync(update, DEADLINE)
+        assert held == (await publishing).checksum
+        assert await engine.engine.sync(update, DEADLINE) == held
+        sender.keep_only(version)
+
+    try:
+        for version, checkpoint in ((50, 1), (51, 2)):
+            model = AutoModelForCausalLM.from_pretrained(synced.checkpoints[checkpoint], dtype=torch.float32)
+            parameters = parameters_of(dict(model.named_parameters()))
+            engine.run(publish_and_sync(version, parameters))
+            trajectories = engine.generate(requests())
+            assert_log_probs(trajectories, ReferenceModel(synced.checkpoints[checkpoint]))
+            assert {v for t in trajectories for v in t.token_versions} == {version}
+    finally:
+        sender.close()

@@ -115,8 +115,8 @@ def test_the_job_trains_and_continues_what_was_begun():
     spec = resource("rayjob")["spec"]
     python, module, name, *arguments = shlex.split(spec["entrypoint"])
     assert (python, module, name) == ("python", "-m", "learner.train")
-    assert arguments[-2:] == ["--resume", "auto"]
-    options = parser().parse_args(arguments[:-2])
+    options = parser().parse_args(arguments)
+    assert options.resume == "auto"
     assert options.config == Path("/config/run.yaml"), "where the config map is mounted"
     header = (MANIFESTS / "rayjob.yaml").read_text()
     options.config = ROOT / re.search(r"--from-file=run.yaml=(\S+)", header)[1]

@@ -9,7 +9,7 @@ from common.config.run import EngineConfig
 from rollout_server.engine import cores
 from rollout_server.http.server.serve import engine_threads
 from rollout_server.http.server.settings import ServerSettings
-from rollout_server.replicas.training_pool import _actor_environment
+from rollout_server.replicas.ray_actor import actor_environment
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_what_the_user_says_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("groups")
 def test_training_shares_the_cores_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(**engine: int) -> str:
-        return _actor_environment(EngineConfig(**engine))["OMP_NUM_THREADS"]  # type: ignore[arg-type]
+        return actor_environment(EngineConfig(**engine))["OMP_NUM_THREADS"]  # type: ignore[arg-type]
 
     assert [given(), given(replicas=2), given(replicas=100), given(threads=5)] == ["8", "4", "1", "5"]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -8,7 +8,7 @@ from hypothesis import given
 from common.config import ErasurePolicy
 from common.threshold import GroupStatistics, History, is_erased, kept_attempt
 from common.trajectory import Attempt, Judgement, ResponseRequest
-from rollout_server.engine.progress import Progress
+from rollout_server.engine.progress import Progress, version_spans
 
 THRESHOLD = 1.0
 LIMIT = 30
@@ -151,3 +151,22 @@ def test_an_attempt_that_is_too_short_for_the_budget_is_not_kept() -> None:
     assert kept_attempt([0.1, 0.5, 0.9], [2, 9, 9], 0, 18) == 0
     assert kept_attempt([0.1, 0.5, 0.9], [2, 9, 9], 0, 17) == 1
     assert kept_attempt([0.1, 0.5, 0.9], [2, 8, 9], 0, 10) == 2
+
+
+@given(
+    first=st.integers(0, 50),
+    changes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=5),
+    where=st.tuples(st.integers(0, 60), st.integers(0, 60)),
+)
+def test_version_spans_say_of_each_token_which_weights_sampled_it(
+    first: int, changes: list[tuple[int, int]], where: tuple[int, int]
+) -> None:
+    versions = [(first, 0), *sorted((first + position, version) for position, version in changes)]
+    start, end = (first + place for place in sorted(where))
+    of_position = dict[int, int]()
+    for position, version in versions:
+        of_position |= dict.fromkeys(range(position, end), version)
+    spans = version_spans(versions, start, end)
+    labels = [span.version for span in spans for _ in range(span.start, span.end)]
+    assert labels == [of_position[position] for position in range(start, end)]
+    assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])][: len(spans)]

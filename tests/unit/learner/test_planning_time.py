@@ -130,6 +130,14 @@ def test_an_engine_step_reads_all_weights_and_the_cache_of_every_response(shape:
     assert step.links == 0.0
 
 
+def test_a_step_s_fixed_cost_and_each_response_s_are_added(shape: ModelShape):
+    costs = {"engine_step_seconds": 0.003, "engine_response_seconds": 0.0002}
+    setup = Setup(eight_billion(), shape, H100.model_copy(update=costs))
+    step = engine_step(setup, Assumptions(), 32, 5000.0)
+    assert step.overhead == pytest.approx(0.003 + 32 * 0.0002)
+    assert step.seconds == pytest.approx(max(step.bandwidth, step.operations) + step.overhead)
+
+
 def test_two_gpus_halve_what_each_reads_and_add_two_all_reduces_a_layer(shape: ModelShape):
     assumptions = Assumptions(collective_share=1.0, collective_latency_seconds=0.0)
     one, two = (
@@ -186,12 +194,12 @@ def test_what_is_made_scarce_saturates_first(shape: ModelShape, changes: Any, fi
     assert plan(shape, max_staleness=max_staleness, **changes).first == first
 
 
-FIGURES = [name for name, field in type(H100).model_fields.items() if field.annotation is float and "second" in name]
+FIGURES = [name for name in type(H100).model_fields if name.endswith("per_second")]
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    figure=st.sampled_from([name for name in FIGURES if not name.endswith(("step_seconds", "batch_seconds"))]),
+    figure=st.sampled_from(FIGURES),
     factor=st.floats(1.0, 100.0),
     max_staleness=st.integers(0, 3),
     transport=st.sampled_from(["host", "disk", "gloo", "nccl", "ipc"]),
@@ -242,6 +250,19 @@ def test_more_replicas_and_ranks_shorten_their_phases(shape: ModelShape, count: 
     assert many.training.operations == pytest.approx(few.training.operations / 2)
     assert many.learner.total < few.learner.total
     assert many.replica == few.replica
+
+
+def test_a_sync_costs_what_becomes_of_the_responses_under_way(shape: ModelShape):
+    found = {
+        in_flight: plan(shape, max_staleness=1, in_flight=in_flight).generation
+        for in_flight in ("keep", "recompute", "wait", "abort")
+    }
+    assert found["keep"].after_sync == 0.0
+    # Half of a response is made again, by all that are under way.
+    step, work = found["abort"].engine_step.seconds, step_work(eight_billion(), Assumptions())
+    assert found["abort"].after_sync == pytest.approx(work.engine_steps / 2 * step)
+    assert 0.0 < found["recompute"].after_sync < found["wait"].after_sync < found["abort"].after_sync
+    assert plan(shape, in_flight="abort").generation.after_sync == 0.0
 
 
 def test_each_transport_takes_as_long_as_its_narrowest_link(shape: ModelShape):

@@ -62,6 +62,7 @@ def processor(address: str, tokenizer: str = TOKENIZER.name, vocabulary: int = V
             tokenizer_revision=None,
             trust_remote_code=False,
         ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
     )
     return SegmentMonitorProcessor(config, torch.device("cpu"), is_pin_memory=False)
@@ -381,3 +382,34 @@ assert monitor.observe(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=t
 """
     environment = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=120)
+
+
+def test_records_say_which_weights_sampled_each_token(followed: SegmentMonitorProcessor) -> None:
+    """One request is under way at two syncs, between them it is preempted; another begins after them."""
+    sent: list[tuple[list[Sender], int, Judged]] = []
+    followed._outbox.put = lambda *what: sent.append(what)  # type: ignore[method-assign]
+    output_ids: list[int] = []
+
+    def enter(uid: int, output_ids: list[int]) -> None:
+        rows = [(0, params(uid, limit=50), None, output_ids)]
+        followed.update_state(BatchUpdate(1, removed=[], added=rows, moved=[]))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            followed.apply(torch.zeros(1, VOCABULARY))
+            output_ids.append(7)
+
+    enter(1, output_ids)
+    steps(3)
+    followed.weights_changed(6)
+    followed.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
+    followed.weights_changed(8)
+    output_ids = list(output_ids)
+    enter(1, output_ids)
+    steps(4)
+    assert sent[-1][0][0][3] == [(0, 5), (3, 6), (3, 8)]
+    followed.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
+    output_ids = []
+    enter(2, output_ids)
+    steps(4)
+    assert sent[-1][0][0][3] == [(0, 8)]

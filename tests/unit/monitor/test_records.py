@@ -40,8 +40,8 @@ async def test_what_is_judged_arrives_in_order_and_whole() -> None:
         ],
         longest=3,
     )
-    outbox.put([(7, 1, False), (8, 1, False), (9, 2, False)], 5, first)
-    outbox.put([(10, 3, True)], 6, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
+    outbox.put([(7, 1, False, [(0, 1)]), (8, 1, False, [(0, 1)]), (9, 2, False, [(0, 1), (5, 2)])], 5, first)
+    outbox.put([(10, 3, True, [(0, 1)])], 6, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
     async with asyncio.timeout(10.0):
         await complete.wait()
     receiver.cancel()
@@ -49,6 +49,7 @@ async def test_what_is_judged_arrives_in_order_and_whole() -> None:
     inbox.close()
     assert [(r.uid, r.opened, r.step) for r in arrived] == [(7, 1, 5), (9, 2, 5), (10, 3, 6)]
     assert [(r.erased, r.final) for r in arrived] == [(True, False), (False, True), (False, False)]
+    assert [list(map(tuple, r.versions)) for r in arrived] == [[(0, 1)], [(0, 1), (5, 2)], [(0, 1)]]
     assert arrived[0].field(Field.THRESHOLD) == math.inf
     assert arrived[0].per_token.tolist() == first.tokens[0, :2].tolist()
     assert arrived[1].per_token.tolist() == first.tokens[2].tolist()
@@ -62,11 +63,11 @@ async def test_what_nobody_watches_waits_for_the_next_end() -> None:
     arrived: asyncio.Queue[Record] = asyncio.Queue()
     receiver = asyncio.create_task(inbox.receive(arrived.put_nowait))
     accepted = judged([{Field.JUDGED: 1, Field.END: 1}], longest=1)
-    outbox.put([(1, 1, False)], 5, accepted)
-    outbox.put([(2, 1, False)], 6, accepted)
+    outbox.put([(1, 1, False, [(0, 1)])], 5, accepted)
+    outbox.put([(2, 1, False, [(0, 1)])], 6, accepted)
     await asyncio.sleep(0.2)
     assert arrived.empty()
-    outbox.put([(3, 1, False)], 7, judged([{Field.JUDGED: 1, Field.END: 1, Field.FINAL: 1}], longest=1))
+    outbox.put([(3, 1, False, [(0, 1)])], 7, judged([{Field.JUDGED: 1, Field.END: 1, Field.FINAL: 1}], longest=1))
     async with asyncio.timeout(10.0):
         assert [(await arrived.get()).uid for _ in range(3)] == [1, 2, 3]
     receiver.cancel()
@@ -79,7 +80,7 @@ async def test_what_is_not_finite_is_told_behind_what_was_judged_before() -> Non
     outbox = Outbox(inbox.address, threaded=False)
     arrived: asyncio.Queue[Record] = asyncio.Queue()
     receiver = asyncio.create_task(inbox.receive(arrived.put_nowait))
-    outbox.put([(1, 1, False)], 5, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
+    outbox.put([(1, 1, False, [(0, 1)])], 5, judged([{Field.JUDGED: 1, Field.END: 1}], longest=1))
     for _ in range(2):
         outbox.put_non_finite([1, 2, 3], torch.tensor([True, False, True]), version=7)
     async with asyncio.timeout(10.0):
@@ -92,3 +93,12 @@ async def test_what_is_not_finite_is_told_behind_what_was_judged_before() -> Non
     receiver.cancel()
     outbox.close()
     inbox.close()
+
+
+def test_without_an_address_nothing_is_sent_and_ends_are_known_all_the_same() -> None:
+    outbox = Outbox(None, threaded=False)
+    outbox.put([(1, 1, True, [(0, 1)])], 5, judged([{Field.JUDGED: 1, Field.END: 1, Field.FINAL: 1}], longest=1))
+    outbox.put_non_finite([2], torch.tensor([True]), 3)
+    outbox.close()
+    assert list(outbox.ended) == [(1, True), (2, True)]
+    assert outbox.non_finite == {2: 3}

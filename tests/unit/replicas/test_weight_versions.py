@@ -10,11 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from common.config.run import InFlight
+from common.packed import PackedResponse
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import DiskUpdate, WeightUpdate
 from rollout_server.replicas import pool as replicas_module
 from rollout_server.replicas.errors import VersionNotNewer, WeightsNotLoaded
 from rollout_server.replicas.pool import Pool
+from rollout_server.replicas.record import Record
 from rollout_server.replicas.replica import EngineFacts, ReplicaLost
 from rollout_server.replicas.use import EngineUse
 
@@ -58,12 +61,15 @@ class FakeReplica:
     async def generate(self, request: ResponseRequest, listener: Any) -> Trajectory:
         raise NotImplementedError
 
+    async def generate_packed(self, request: ResponseRequest, record: Record | None) -> PackedResponse:
+        raise NotImplementedError
+
     async def probe(self) -> EngineUse:
         if not self.alive:
             raise ReplicaLost("dead")
         return EngineUse()
 
-    async def sync(self, update: WeightUpdate, deadline_seconds: float) -> str:
+    async def sync(self, update: WeightUpdate, deadline_seconds: float, in_flight: InFlight) -> str:
         await asyncio.sleep(0)
         what = self.syncs.pop(0) if self.syncs else "ok"
         if not self.alive or what == "die":

@@ -265,5 +265,5 @@ def test_the_interface_that_is_named_gives_the_address() -> None:
     chosen = publisher(SyncConfig(transport="gloo", network_interface="lo"), 1, "10.255.0.1")
     assert begun(chosen, 1, parameters(1)).address == LOCAL  # type: ignore[arg-type]
     chosen.close()
-    with pytest.raises(ValidationError, match="bucket_bytes is for transport gloo, not for 'host'"):
+    with pytest.raises(ValidationError, match="bucket_bytes is for transport gloo, nccl, ipc, not for 'host'"):
         SyncConfig(bucket_bytes=2**20)

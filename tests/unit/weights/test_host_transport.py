@@ -88,11 +88,11 @@ async def test_a_transient_error_is_met_by_one_more_try(monkeypatch: pytest.Monk
     update = publish(publisher, 1)
     verify, calls = receiving.verify, []
 
-    def flaky(path: str, checksum: str) -> None:
+    def flaky(path: str, checksum: str, *, in_memory: bool) -> None:
         calls.append(path)
         if len(calls) == 1:
             raise OSError("Stale file handle")
-        verify(path, checksum)
+        verify(path, checksum, in_memory=in_memory)
 
     monkeypatch.setattr(receiving, "verify", flaky)
     receivers = Receivers()
@@ -160,7 +160,7 @@ def test_without_shared_memory_the_directory_for_temporary_files_is_used(
 async def test_who_waits_no_longer_keeps_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
     publisher = HostPublisher()
     update = publish(publisher, 1)
-    monkeypatch.setattr(receiving, "verify", lambda path, checksum: time.sleep(0.2))
+    monkeypatch.setattr(receiving, "verify", lambda path, checksum, in_memory: time.sleep(0.2))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01), Receivers().receiving(update, 10.0):
             pytest.fail("received in no time")

@@ -14,7 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.weights import held_sum, weights_checksum
-from common.weights.weight_file import DamagedWeights, ParameterShape, WeightWriter, WrittenWeights, verify
+from common.weights.weight_file import (
+    DamagedWeights,
+    MemoryFile,
+    OpenFile,
+    ParameterShape,
+    WeightWriter,
+    WrittenWeights,
+    verify,
+)
 
 TENSORS = {
     "embed.weight": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)),
@@ -32,7 +40,7 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> list[ParameterShape]:
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> WrittenWeights:
     file = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        with WeightWriter(file, shapes_of(tensors)) as writer:
+        with WeightWriter(OpenFile(file), shapes_of(tensors)) as writer:
             for tensor in tensors.values():
                 writer.add(tensor)
             return writer.finish()
@@ -71,9 +79,14 @@ def test_any_flipped_bit_of_the_file_is_found(
     place = int(position * len(data))
     data[place] ^= 1 << bit
     path.write_bytes(data)
-    try:
-        verify(path, written.checksum)
-    except DamagedWeights:
+    found = []
+    for in_memory in (False, True):
+        try:
+            verify(path, written.checksum, in_memory=in_memory)
+        except DamagedWeights:
+            found.append(in_memory)
+    assert len(found) in (0, 2)
+    if found:
         return
     # What is of no account: blanks after the header's text, and the name of a format that nobody reads.
     assert place < header
@@ -164,7 +177,7 @@ def test_a_parameter_of_another_shape_than_announced_is_refused(tmp_path: Path) 
     file = os.open(tmp_path / "weights", os.O_RDWR | os.O_CREAT)
     with (
         pytest.raises(ValueError, match=r"a is torch.float32 \(3,\)"),
-        WeightWriter(file, shapes_of({"a": torch.ones(2)})) as writer,
+        WeightWriter(OpenFile(file), shapes_of({"a": torch.ones(2)})) as writer,
     ):
         writer.add(torch.ones(3))
     os.close(file)
@@ -173,7 +186,7 @@ def test_a_parameter_of_another_shape_than_announced_is_refused(tmp_path: Path) 
 def test_who_reads_while_it_is_written_waits_and_learns_of_a_failure(tmp_path: Path) -> None:
     file = os.open(tmp_path / "weights", os.O_RDWR | os.O_CREAT)
     tensors = {"a": torch.ones(2), "b": torch.full((2,), 2.0)}
-    writer = WeightWriter(file, shapes_of(tensors))
+    writer = WeightWriter(MemoryFile(file), shapes_of(tensors))
     first = writer.header_bytes + 8
     threading.Timer(0.05, lambda: writer.add(tensors["a"])).start()
     writer.wait_for(first, time.monotonic() + 10.0)
