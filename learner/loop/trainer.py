@@ -29,7 +29,6 @@ from learner.run.display import Display
 from learner.run.errors import Interrupted, part
 from learner.run.interrupt import StopRequest
 from learner.run.run_directory import RunDirectory
-from learner.run.trajectory_files import write_trajectories
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class Trainer:
     ) -> None:
         self._config = config
         self._directory = directory
-        self._rollouts, self._learner = parts.rollouts, parts.learner
+        self._rollouts, self._learner, self._write = parts.rollouts, parts.learner, parts.write
         self._record = record
         self._display = display
         self._checkpoints = checkpoints
@@ -97,6 +96,8 @@ class Trainer:
                 clock.mark("published")
                 metrics |= self._finish(step, taken, metrics, rollouts_state)
                 self._tell(step, taken, metrics | clock.finish())
+                # The arrays of what was trained are not needed while the next step is waited for.
+                del taken
                 self._checkpoints.begin(self.state)
                 if self._evaluations.is_due(step):
                     with clock.left_out(), self._producer.paused():
@@ -157,7 +158,7 @@ class Trainer:
     def _record_rollout(self, step: int, taken: Taken) -> dict[str, Any]:
         groups = [group.group for group in taken.groups]
         with part("trajectories", step):
-            write_trajectories(self._directory.trajectories / f"step_{step}.parquet", step, groups)
+            self._write(self._directory.trajectories / f"step_{step}.parquet", step, groups)
             counts = count_steps(self._config, groups)
             return rollout_metrics(groups, [group.first_treated for group in taken.groups], counts)
 

@@ -15,11 +15,11 @@ from learner.planning.generation import engine_step
 from learner.planning.hardware import Hardware
 from learner.planning.setup import Setup
 from learner.planning.shape import ModelShape
-from learner.run.errors import InputError, PartError
+from learner.run.errors import InputError, PartError, part
 
-WARM_TOKENS, TIMED_TOKENS = 8, 128
+WARM_TOKENS, TIMED_TOKENS = 8, 72
 TOGETHER = 16
-ROUNDS = 4
+ROUNDS = 3
 _groups = itertools.count()
 
 
@@ -29,7 +29,9 @@ def measure_microbatch(config: RunConfig) -> float:
     from learner.policy.model import load_policy, response_logprobs
 
     torch.set_num_threads(config.learner.threads_per_rank)
-    policy = load_policy(config.model).to("cuda" if torch.cuda.is_available() else "cpu").train()
+    with part("learner"):
+        policy = load_policy(config.model)
+    policy = policy.to("cuda" if torch.cuda.is_available() else "cpu").train()
     batch = collate([])
     seconds = []
     for _ in range(ROUNDS):
@@ -50,7 +52,7 @@ def measure_engine(
     from learner.run.cluster import ray_cluster
     from learner.run.training_run import load_rollouts
 
-    with ray_cluster(config, log_directory):
+    with ray_cluster(config, log_directory), part("rollout"):
         alone, together = asyncio.run(_steps(load_rollouts(), config, log_directory))
     free = hardware.model_copy(update={"engine_step_seconds": 0.0, "engine_response_seconds": 0.0})
     setup, context = Setup(config, shape, free), 1 + _most_tokens(config) / 2
@@ -105,9 +107,14 @@ async def _generate(rollouts: Rollouts, config: RunConfig, count: int, tokens: i
         for sample in range(count)
     ]
     started = time.perf_counter()
+    async with asyncio.timeout(config.rollout.engine.response_seconds):
+        await _checked(rollouts, requests, tokens)
+    return time.perf_counter() - started
+
+
+async def _checked(rollouts: Rollouts, requests: list[ResponseRequest], tokens: int) -> None:
     async for response in rollouts.generate([requests]):
         if response.generated_tokens != tokens:
             raise PartError(
                 "rollout", f"a response of {tokens} tokens was asked for, one of {response.generated_tokens} came"
             )
-    return time.perf_counter() - started

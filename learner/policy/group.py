@@ -119,9 +119,9 @@ class LearnerGroup:
     async def _publish(self, update: WeightUpdate, what: str) -> WeightUpdate:
         """The update with its checksum, once all of it was sent."""
         each = [(update.version,)] * len(self._ranks)
-        results: list[WrittenWeights | None] = await self._call(
-            "publish", what, self._config.sync.deadline_seconds, each=each
-        )
+        # Its own deadline ends a sending first: a replica that is lost is no reason to lose the ranks.
+        seconds = self._config.sync.deadline_seconds + GRACE_SECONDS
+        results: list[WrittenWeights | None] = await self._call("publish", what, seconds, each=each)
         written = results[0]
         if written is None:
             raise LearnerError(f"{what}: rank 0 published nothing")

@@ -21,6 +21,11 @@ class PartError(Exception):
     def __init__(self, part: str, message: str) -> None:
         super().__init__(f"{part}: {message}")
         self.part = part
+        self._arguments: tuple[object, ...] = (part, message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors travel between processes.
+        return type(self), self._arguments
 
 
 class Interrupted(Exception):
@@ -78,3 +83,4 @@ class DiskFullError(PartError):
             f"the disk is full: cannot write {path} ({reason}). Everything written before is kept: free some "
             "space, then continue with --resume",
         )
+        self._arguments = (path, reason)

@@ -36,6 +36,7 @@ from learner.run.plots import draw_plots
 from learner.run.quiet import LOG_NAME, quiet_output
 from learner.run.report import build_report, comparison_table, final_table, write_report
 from learner.run.run_directory import RunDirectory, check_resumable, check_unused, directory_of, holds_run, write_text
+from learner.run.trajectory_writer import TrajectoryWriter
 
 log = logging.getLogger(__name__)
 
@@ -191,8 +192,8 @@ def _run(directory: RunDirectory, config: RunConfig, prepared: _Prepared, displa
             ensure_model(config, lambda phase, done, total: display.phase(f"warm start: {phase}", done, total))
             problems = _problems(config, prepared, display)
             display.phase("starting Ray")
-            with ray_cluster(config, directory.log.resolve()):
-                driver = _driver(directory, config, state, prepared, problems, record, display)
+            with ray_cluster(config, directory.log.resolve()), closing(TrajectoryWriter()) as writer:
+                driver = _driver(directory, config, state, prepared, problems, record, display, writer)
                 asyncio.run(driver.run())
         seconds = {"start": driver.start_seconds, "process": time.monotonic() - started}
         return _conclude(directory, config, record, seconds, memory.peak_gib)
@@ -220,10 +221,11 @@ def _driver(
     problems: Problems,
     record: RunRecord,
     display: Display,
+    writer: TrajectoryWriter,
 ) -> Driver:
     config = with_absolute_model(config)
     learner = LearnerGroup(config, directory.log.resolve())
-    parts = Parts(load_rollouts(), learner, prepared.rewards)
+    parts = Parts(load_rollouts(), learner, prepared.rewards, writer.write)
     return Driver(config, directory, state, parts, problems, record, display)
 
 

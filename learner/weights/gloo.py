@@ -74,7 +74,7 @@ class GlooPublisher:
     def discard(self, version: int) -> None:
         if version in self._sendings:
             sending = self._sendings.pop(version)
-            if sending.close(f"version {version} was given up") and self._spare is None:
+            if sending.close(f"version {version} was given up, or a later one is everywhere") and self._spare is None:
                 self._spare = sending.memory
             else:
                 os.close(sending.memory.file)

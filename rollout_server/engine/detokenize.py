@@ -9,6 +9,9 @@ from tokenizers.decoders import DecodeStream
 
 from rollout_server.engine.stop_strings import StopFinder
 
+SHORTEST_CONTEXT, LONGEST_CONTEXT = 4, 24
+MOST_CONTEXT = 256
+"""Tokens of a prompt that are given to a stream if none of its ends is a text."""
 _INVALID_PREFIX = "Invalid prefix encountered"
 
 
@@ -40,7 +43,8 @@ class TextCursor:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], options: TextOptions) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        self._stream = DecodeStream(ids=prompt, skip_special_tokens=options.skip_special_tokens)
+        context = _context(tokenizer, prompt, options)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=options.skip_special_tokens)
         self._taken = 0
         text_between = options.skip_special_tokens or options.spaces_between_special_tokens
         self._added: dict[int, Any] = {} if text_between else tokenizer.get_added_tokens_decoder()
@@ -67,6 +71,10 @@ class TextCursor:
             text = self._decode_all([token_id for token_id in token_ids if token_id not in silent])
             self.characters += len(text)
             return text, len(token_ids)
+        if len(token_ids) > 1 and self.stopped is None and self._taken >= self._options.min_tokens:
+            text_of_all = self._without_stop(token_ids)
+            if text_of_all is not None:
+                return text_of_all, len(token_ids)
         pieces = []
         taken = 0
         for token_id in token_ids:
@@ -88,6 +96,23 @@ class TextCursor:
         text = "".join(pieces)
         self.characters += len(text)
         return text, taken
+
+    def _without_stop(self, token_ids: list[int]) -> str | None:
+        """As `feed`, in one go; None, and nothing has happened, if there is a stop string in the text.
+
+        Token by token takes so long that the responses of one group would hold the event loop.
+        """
+        ahead = self.copy()
+        if ahead.finder is None:
+            return None
+        text = ahead._decode_all([token_id for token_id in token_ids if token_id not in self._options.silent])
+        shown, stop = ahead.finder.push(text)
+        if stop is not None:
+            return None
+        self._stream, self._special, self.finder = ahead._stream, ahead._special, ahead.finder
+        self._taken += len(token_ids)
+        self.characters += len(shown)
+        return shown
 
     def finish(self) -> str:
         """Text that was held back in case it began a stop string."""
@@ -132,6 +157,19 @@ class TextCursor:
                 raise
         self._stream = DecodeStream(skip_special_tokens=self._options.skip_special_tokens)
         return self._stream.step(self._tokenizer, token_id)
+
+
+def _context(tokenizer: Tokenizer, prompt: list[int], options: TextOptions) -> list[int]:
+    """The end of a prompt that tells how the next token is written: it has a text, in whole characters.
+
+    A stream that is given more decodes all of it with the first token. Without such an end the next text begins with
+    what was given, as vLLM's does.
+    """
+    for length in range(SHORTEST_CONTEXT, LONGEST_CONTEXT):
+        text = tokenizer.decode(prompt[-length:], skip_special_tokens=options.skip_special_tokens)
+        if text and "\ufffd" not in text:
+            return prompt[-length:]
+    return prompt[-MOST_CONTEXT:]
 
 
 class Texts(Protocol):

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from vllm import RequestOutput
@@ -18,9 +18,11 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.config.run import EngineConfig, InFlight, ModelConfig
+from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits, WeightUpdate, held_by_ranks
 from rollout_server.engine.errors import CannotSample, EngineClosed, GenerationAborted, PromptTooLong, WeightSyncError
+from rollout_server.engine.group_members import GroupMembers
 from rollout_server.engine.launch import engine_args, eos_token_ids, prepare_environment
 from rollout_server.engine.listener import Listener, PromptScores
 from rollout_server.engine.plain_requests import PlainRequests
@@ -66,6 +68,7 @@ class ErasableEngine:
         self.eos_token_ids = eos_token_ids(llm)
         self._uids = itertools.count(1)
         self._rollback = ResubmitRollback(llm, sentinel_ids, self.eos_token_ids, name="erasable", uids=self._uids)
+        self._members = GroupMembers()
         self._plain = PlainRequests(llm, finish=sentinel_ids[1])
         self._receiver = asyncio.create_task(inbox.receive(self._deliver))
         self._admitting = asyncio.Event()
@@ -119,8 +122,9 @@ class ErasableEngine:
             EngineClosed: by `close`, while the response waited for a sync or a pause to end.
         """
         self._check(request)
-        async with self._admitted():
-            return await self._generate(request, listener)
+        with nullcontext() if request.policy is None else self._members.member(request.group_id):
+            async with self._admitted():
+                return await self._generate(request, listener)
 
     async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None = None) -> PromptScores:
         """Log-probs of a prompt's tokens, each given those before it.
@@ -147,12 +151,15 @@ class ErasableEngine:
             scores = [output.prompt_logprobs async for output in outputs]
         if not scores or scores[-1] is None:
             raise GenerationAborted("vLLM aborted the scoring of a prompt")
-        known = [
-            None if place is None else {token: (entry.logprob, entry.rank or 0) for token, entry in place.items()}
-            for place in scores[-1]
-        ]
-        if any(math.isnan(next(iter(place.values()))[0]) for place in known if place):
-            raise NonFiniteLogits(self.version)
+        known: PromptScores = []
+        slices = Slices()
+        for place in scores[-1]:
+            # The first token has none.
+            values = {token: (entry.logprob, entry.rank or 0) for token, entry in (place or {}).items()} or None
+            if values is not None and math.isnan(next(iter(values.values()))[0]):
+                raise NonFiniteLogits(self.version)
+            known.append(values)
+            await slices.turn()
         return known
 
     async def reset_prefix_cache(self) -> bool:
@@ -183,19 +190,21 @@ class ErasableEngine:
         try:
             return await self._rollback.generate(request, listener, self._salted(request.extras.cache_salt))
         finally:
-            if len(self._rollback.aborted) >= RELEASE_AFTER:
+            if len(self._rollback.aborted) + len(self._members) >= RELEASE_AFTER:
                 await self.settle()
 
     async def settle(self) -> None:
-        """Release what aborted submissions hold in the monitor."""
+        """Release what aborted submissions, and groups that lost some of theirs, hold in the monitor."""
         aborted, self._rollback.aborted = self._rollback.aborted, []
-        if not aborted:
+        over = self._members.take_over()
+        if not (aborted or over):
             return
         try:
-            await self._llm.collective_rpc("e3rl_release", args=(aborted,))
+            await self._llm.collective_rpc("e3rl_release", args=(aborted, over))
         except BaseException:
             # Whoever called may be cancelled meanwhile; to release twice does nothing.
             self._rollback.aborted += aborted
+            self._members.put_back(over)
             raise
 
     async def counters(self) -> dict[str, int]:

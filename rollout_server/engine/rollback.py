@@ -187,7 +187,7 @@ class ResubmitRollback:
             ended = self._take(await mailbox.take(uid), sampled, request, progress, listener)
         if progress.finished and not ended.final:
             # The monitor took it for an erasure, and its group would wait for what follows.
-            await self._llm.collective_rpc("e3rl_release", args=([(uid, request.group_id)],))
+            await self._llm.collective_rpc("e3rl_release", args=([(uid, request.group_id)], []))
         if taken:
             progress.reused_prefix_tokens += output.num_cached_tokens or 0
 

@@ -45,6 +45,8 @@ def score_params(top: int, uid: int) -> SamplingParams:
         temperature=0.0,
         max_tokens=1,
         prompt_logprobs=top,
+        # In flat lists: vLLM makes them in the event loop, and an object for each log-prob takes several times as long.
+        flat_logprobs=True,
         detokenize=False,
         skip_clone=True,
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -48,9 +48,11 @@ class StopFinder:
 
     def _possible_beginning(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with."""
-        longest = min(max(map(len, self.stops), default=1) - 1, len(text))
-        for length in range(longest, 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self.stops):
-                return length
-        return 0
+        longest = 0
+        for stop in self.stops:
+            start = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+            while 0 <= start < len(text) - longest:
+                if stop.startswith(text[start:]):
+                    longest = len(text) - start
+                start = text.find(stop[0], start + 1)
+        return longest

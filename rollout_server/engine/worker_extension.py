@@ -20,9 +20,9 @@ class WorkerExtension:
         weight_transfer_engine: Any
         _weight_update_active: bool
 
-    def e3rl_release(self, aborted: list[tuple[int, str]]) -> None:
-        """Forget aborted submissions, given as (uid, group)."""
-        self._e3rl_processor().release(aborted)
+    def e3rl_release(self, aborted: list[tuple[int, str]], over: list[str]) -> None:
+        """Forget aborted submissions, given as (uid, group), and groups that are over."""
+        self._e3rl_processor().release(aborted, over)
 
     def e3rl_counters(self) -> dict[str, int]:
         """What the monitor holds, see `SegmentMonitorProcessor.counters`, and requests hold of the KV cache."""

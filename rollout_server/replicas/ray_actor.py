@@ -14,11 +14,13 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from common.config.run import EngineConfig, InFlight, ModelConfig
-from common.packed import PackedResponse
+from common.packed import PackedResponse, TokenArrays
+from common.slices import Slices
 from common.trajectory import Attempt, ResponseRequest, Trajectory
 from common.weights import WeightUpdate
 from rollout_server.engine.cores import chosen_threads, threads_per_engine
 from rollout_server.engine.listener import Listener, PromptScores, TopLogprobs
+from rollout_server.replicas.packing import Shelf, referenced
 from rollout_server.replicas.placement import Placement
 from rollout_server.replicas.record import Record, Recorder
 from rollout_server.replicas.replica import EngineFacts, Priors, ReplicaLost
@@ -104,6 +106,7 @@ class ReplicaActor:
         self._replica = LocalReplica(model, engine, version)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._queue = EventQueue()
+        self._shelf = Shelf()
 
     async def start(self) -> EngineFacts:
         return await self._replica.start()
@@ -124,6 +127,8 @@ class ReplicaActor:
     async def _respond(self, key: int, response: Coroutine[Any, Any, Finished]) -> None:
         try:
             finished = await response
+            if isinstance(finished, PackedResponse):
+                finished = self._shelf.header(key, finished)
         except Exception as error:
             self._queue.put((key, "failed", _portable(error)))
         else:
@@ -134,8 +139,13 @@ class ReplicaActor:
     async def score(self, prompt_token_ids: list[int], top: int, cache_salt: str | None) -> PromptScores:
         return await self._replica.score(prompt_token_ids, top, cache_salt)
 
+    async def take(self, key: int) -> tuple[None, TokenArrays]:
+        """What a response's header lacks. To be called with two results."""
+        return self._shelf.take(key)
+
     async def cancel(self, key: int) -> None:
         """End a response; no error if it has ended."""
+        self._shelf.discard(key)
         task = self._tasks.get(key)
         if task is not None:
             task.cancel()
@@ -259,7 +269,10 @@ class RayReplica:
         actor = self._actor
         try:
             await self._call(getattr(actor, method).remote(key, request, hearing))
-            return await finished
+            result = await finished
+            if isinstance(result, PackedResponse):
+                return await self._call(referenced(result, key, actor.take))
+            return result
         except asyncio.CancelledError:
             actor.cancel.remote(key)
             raise
@@ -275,8 +288,10 @@ class RayReplica:
             while True:
                 async with asyncio.timeout(SILENCE_SECONDS):
                     events = await self._call(self._actor.events.remote(POLL_SECONDS))
+                slices = Slices()
                 for key, name, value in events:
                     self._take(key, name, value)
+                    await slices.turn()
         except (ReplicaLost, TimeoutError) as error:
             log.warning("replica %d is lost: %s", self._number, str(error) or "it is silent")
         finally:

@@ -26,7 +26,8 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     given = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, 64), "include_dashboard": False}
+    # Without an address Ray would join any cluster that somebody has started on this machine.
+    options: dict[str, Any] = {"address": "local", "num_cpus": max(os.cpu_count() or 1, 64), "include_dashboard": False}
     what = "Ray did not start on this machine"
     if given:
         options = {"address": given}

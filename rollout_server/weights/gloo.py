@@ -22,7 +22,7 @@ from common.weights.gloo_group import (
 )
 from common.weights.updates import GlooUpdate
 from common.weights.weight_file import MemoryFile, verify
-from rollout_server.weights.receiver import Arrived, NotReachable
+from rollout_server.weights.receiver import Arrived, Withdrawn
 
 IN_FLIGHT = 2
 CONNECT_SECONDS = 15.0
@@ -38,7 +38,7 @@ class GlooReceiver:
         """Take part in a round, and compare what arrived with what was sent.
 
         Raises:
-            NotReachable: the learner has given the version up, or is not reached.
+            Withdrawn: the learner sends this version no more.
             TransferInterrupted: it was not all received in time.
             DamagedWeights: it is not what was sent.
         """
@@ -52,7 +52,7 @@ class GlooReceiver:
             except (RuntimeError, TransferInterrupted) as error:
                 # RuntimeError is what gloo and the store raise.
                 if (why := _discarded(store)) is not None:
-                    raise NotReachable(f"the learner sends no more: {why}") from error
+                    raise Withdrawn(f"the learner sends no more: {why}") from error
                 raise TransferInterrupted(
                     f"weights of version {update.version} from {update.address} stopped half-way: {error}"
                 ) from error

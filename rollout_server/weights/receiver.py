@@ -8,6 +8,10 @@ class NotReachable(Exception):
     """The weights are where this replica can never reach them; the message says what to set."""
 
 
+class Withdrawn(Exception):
+    """The learner has given this version up, or a later one is everywhere; the message says which."""
+
+
 class Arrived:
     """Weights that are on this machine and are those that were sent.
 

@@ -46,6 +46,7 @@ class Receivers:
 
         Raises:
             NotReachable: this replica can never get them by this transport.
+            Withdrawn: the learner sends them no more.
             DamagedWeights, OSError, TransferInterrupted: they did not arrive as they were sent, twice.
         """
         deadline = time.monotonic() + deadline_seconds

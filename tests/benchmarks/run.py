@@ -32,6 +32,12 @@ def _http(directory: Path) -> list[Finding]:
     return measure_http(directory)
 
 
+def _data_path(directory: Path) -> list[Finding]:
+    from tests.benchmarks.data_path import measure_data_path
+
+    return measure_data_path(directory)
+
+
 def _weights(directory: Path) -> list[Finding]:
     from tests.benchmarks.weights import measure_weights
 
@@ -54,6 +60,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[Finding]]] = {
     "engine": _engine,
     "training": _training,
     "http": _http,
+    "data_path": _data_path,
     "weights": _weights,
     "asynchronous": _asynchronous,
     "accuracy": _accuracy,

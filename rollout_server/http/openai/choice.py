@@ -8,16 +8,8 @@ from typing import Protocol
 from common.trajectory import Attempt, FinishReason, ResponseRequest, Trajectory
 from rollout_server.engine.detokenize import TextCursor
 from rollout_server.engine.listener import PromptScores, TopLogprobs
+from rollout_server.http.openai.entries import Entries
 from rollout_server.http.openai.segments import JudgedSegment
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEntry:
-    """A committed token's log-prob and those of the likeliest tokens, likeliest first."""
-
-    token_id: int
-    logprob: float
-    top: dict[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +27,7 @@ class Chunk:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    entries: list[TokenEntry] = field(default_factory=list)
+    entries: Entries = field(default_factory=Entries)
     erased: Place | None = None
     retract: int = 0
     retract_tokens: int = 0
@@ -95,7 +87,7 @@ class Choice:
         self.request = request
         self.options = options
         self.token_ids: list[int] = []
-        self.entries: list[TokenEntry] = []
+        self.entries = Entries()
         self.segments: list[JudgedSegment] = []
         self.attempts: list[Attempt] = []
         self.erased_tokens = 0
@@ -208,9 +200,8 @@ class Choice:
             text, taken = self._live.feed(segment.token_ids)
             self._live_tokens += taken
             if taken:
-                self._emit(
-                    Chunk(text=text, token_ids=segment.token_ids[:taken], entries=self._entries(segment, top)[:taken])
-                )
+                entries = self._entries(segment, top).first(taken)
+                self._emit(Chunk(text=text, token_ids=segment.token_ids[:taken], entries=entries))
         self._accept(segment, top)
 
     def _accept(self, segment: JudgedSegment, top: TopLogprobs) -> None:
@@ -225,9 +216,9 @@ class Choice:
         if self._segments_have_texts and self._uncut is None:
             segment.text = text
 
-    def _entries(self, segment: JudgedSegment, top: TopLogprobs) -> list[TokenEntry]:
+    def _entries(self, segment: JudgedSegment, top: TopLogprobs) -> Entries:
         if self.options.top_logprobs is None:
-            return []
+            return Entries()
         return _entries(segment.token_ids, top, self.options.top_logprobs) if top else _plain_entries(segment)
 
     def _erase(self, segment: JudgedSegment) -> None:
@@ -256,26 +247,27 @@ class Choice:
         if self._live_tokens > len(self.token_ids):
             self._take_back(self._under_way)
 
-    def _commit(self, token_ids: list[int], entries: list[TokenEntry], segment: JudgedSegment | None = None) -> str:
+    def _commit(self, token_ids: list[int], entries: Entries, segment: JudgedSegment | None = None) -> str:
         """Take tokens that stay; returns what can be shown of their text."""
         if self.has_stopped():
             return ""
         text, taken = self._cursor.feed(token_ids)
         self.token_ids += token_ids[:taken]
-        self.entries += entries[:taken]
+        entries = entries.first(taken)
+        self.entries.extend(entries)
         self._texts.append(text)
         if segment is not None and taken < len(token_ids):
             segment.token_ids = token_ids[:taken]
             segment.end = segment.start + taken
         if self._live is None and taken:
-            self._emit(Chunk(text=text, token_ids=token_ids[:taken], entries=entries[:taken]))
+            self._emit(Chunk(text=text, token_ids=token_ids[:taken], entries=entries))
         if self.has_stopped() and self.stop is not None and not (segment is not None and segment.final):
             self.stop()
         return text
 
     def take(self, trajectory: Trajectory) -> None:
         """Take a plain response that was generated without listening."""
-        self._commit(trajectory.token_ids, [])
+        self._commit(trajectory.token_ids, Entries())
 
     def finish(self, trajectory: Trajectory | None, policy_version: int) -> None:
         """The response is complete; `trajectory` is None if a stop string ended it before the engine did.
@@ -330,23 +322,21 @@ def _same_place(one: Attempt, other: Attempt) -> bool:
     return (one.segment, one.attempt) == (other.segment, other.attempt)
 
 
-def _entries(token_ids: list[int], logprobs: TopLogprobs | None, top: int | None) -> list[TokenEntry]:
-    if logprobs is None or top is None:
-        return []
-    return [
-        TokenEntry(token_id, known[token_id], _likeliest(known, top))
-        for token_id, known in zip(token_ids, logprobs, strict=False)
-    ]
+def _entries(token_ids: list[int], logprobs: TopLogprobs | None, top: int | None) -> Entries:
+    entries = Entries()
+    if logprobs is not None and top is not None:
+        for token_id, known in zip(token_ids, logprobs, strict=False):
+            entries.add(token_id, known[token_id], _likeliest(known, top))
+    return entries
 
 
-def _likeliest(known: dict[int, float], top: int) -> dict[int, float]:
+def _likeliest(known: dict[int, float], top: int) -> list[tuple[int, float]]:
     """The `top` likeliest; vLLM lists the sampled token first, and once more in its place if it is among them."""
-    ranked = sorted(known.items(), key=lambda item: -item[1])
-    return dict(ranked[:top])
+    return sorted(known.items(), key=lambda item: -item[1])[:top]
 
 
-def _plain_entries(segment: JudgedSegment) -> list[TokenEntry]:
-    return [
-        TokenEntry(token_id, logprob, {})
-        for token_id, logprob in zip(segment.token_ids, segment.logprobs, strict=False)
-    ]
+def _plain_entries(segment: JudgedSegment) -> Entries:
+    entries = Entries()
+    for token_id, logprob in zip(segment.token_ids, segment.logprobs, strict=False):
+        entries.add(token_id, logprob)
+    return entries

@@ -1,56 +1,55 @@
-"""Log-probs of committed tokens in the shapes of OpenAI's two kinds of completions."""
+"""Log-probs of committed tokens in the shapes of OpenAI's two kinds of completions, as pieces of JSON."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rollout_server.engine.detokenize import Texts
 from rollout_server.engine.listener import PromptScores
-from rollout_server.http.openai.choice import TokenEntry
+from rollout_server.http.openai.entries import Entries, Rows
+from rollout_server.http.openai.json_pieces import list_pieces
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not."""
 
 
-def completion_logprobs(entries: list[TokenEntry], texts: Texts, offset: int) -> dict[str, Any]:
+def completion_logprobs(rows: Rows, texts: Texts, offset: int) -> Iterator[bytes]:
     """`CompletionLogprobs` of tokens whose first one starts at `offset` of the text."""
-    offsets, tokens = [], []
-    for entry in entries:
-        text = texts[entry.token_id]
-        offsets.append(offset)
-        tokens.append(text)
-        offset += len(text)
-    return {
-        "text_offset": offsets,
-        "token_logprobs": [max(entry.logprob, LOWEST) for entry in entries],
-        "tokens": tokens,
-        "top_logprobs": [_by_text(entry, texts) for entry in entries],
-    }
+    yield b'{"text_offset":'
+    yield from list_pieces(_offsets(rows.token_ids, texts, offset))
+    yield b',"token_logprobs":'
+    yield from list_pieces(None if logprob is None else max(logprob, LOWEST) for logprob in rows.logprobs)
+    yield b',"tokens":'
+    yield from list_pieces(texts[token_id] for token_id in rows.token_ids)
+    yield b',"top_logprobs":'
+    entries = zip(rows.token_ids, rows.logprobs, rows.likeliest(), strict=True)
+    yield from list_pieces(_by_text(*entry, texts) for entry in entries)
+    yield b"}"
 
 
-def with_prompt(
-    prompt: list[int], scores: PromptScores, top: int, logprobs: dict[str, Any] | None, texts: Texts
-) -> dict[str, Any]:
-    """`CompletionLogprobs` of a prompt's tokens, of which `top` likeliest are told, and then `logprobs`."""
-    result: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    offset = 0
-    for token_id, known in zip(prompt, scores, strict=True):
-        result["text_offset"].append(offset)
-        result["tokens"].append(texts[token_id])
+def _offsets(token_ids: Iterable[int], texts: Texts, offset: int) -> Iterator[int]:
+    for token_id in token_ids:
+        yield offset
         offset += len(texts[token_id])
-        if known is None:
-            result["token_logprobs"].append(None)
-            result["top_logprobs"].append(None)
-            continue
-        logprob = known[token_id][0]
-        likeliest = {token: value for token, (value, rank) in known.items() if rank <= top}
-        result["token_logprobs"].append(max(logprob, LOWEST))
-        result["top_logprobs"].append(_by_text(TokenEntry(token_id, logprob, likeliest), texts))
-    for name, values in (logprobs or {}).items():
-        result[name] += [value + offset for value in values] if name == "text_offset" else values
+
+
+def _by_text(
+    token_id: int, logprob: float | None, likeliest: dict[int, float] | None, texts: Texts
+) -> dict[str, float] | None:
+    """Log-probs of the sampled token and the most likely ones; of tokens with one text, the first."""
+    if logprob is None or likeliest is None:
+        return None
+    result: dict[str, float] = {}
+    for one, value in {token_id: logprob, **likeliest}.items():
+        result.setdefault(texts[one], max(value, LOWEST))
     return result
 
 
-def prompt_scores(known: dict[int, tuple[float, int]] | None, texts: Texts) -> dict[str, Any] | None:
-    """One entry of `PromptLogprobs`."""
+def prompt_logprobs(scores: PromptScores, texts: Texts) -> Iterator[bytes]:
+    """`PromptLogprobs`."""
+    yield from list_pieces(_prompt_logprob(known, texts) for known in scores)
+
+
+def _prompt_logprob(known: dict[int, tuple[float, int]] | None, texts: Texts) -> dict[str, Any] | None:
     if known is None:
         return None
     return {
@@ -59,25 +58,17 @@ def prompt_scores(known: dict[int, tuple[float, int]] | None, texts: Texts) -> d
     }
 
 
-def _by_text(entry: TokenEntry, texts: Texts) -> dict[str, float]:
-    """Log-probs of the sampled token and the most likely ones; of tokens with one text, the first."""
-    result: dict[str, float] = {}
-    for token_id, logprob in {entry.token_id: entry.logprob, **entry.top}.items():
-        result.setdefault(texts[token_id], max(logprob, LOWEST))
-    return result
-
-
-def chat_logprobs(entries: list[TokenEntry], texts: Texts) -> dict[str, Any]:
+def chat_logprobs(rows: Entries, texts: Texts) -> Iterator[bytes]:
     """`ChatLogprobs`."""
-    return {
-        "content": [
-            {
-                **_token(texts[entry.token_id], entry.logprob),
-                "top_logprobs": [_token(texts[token_id], logprob) for token_id, logprob in entry.top.items()],
-            }
-            for entry in entries
-        ]
-    }
+    yield b'{"content":'
+    entries = zip(rows.token_ids, rows.logprobs, rows.likeliest(), strict=True)
+    yield from list_pieces(_chat_entry(*entry, texts) for entry in entries)
+    yield b"}"
+
+
+def _chat_entry(token_id: int, logprob: float, likeliest: dict[int, float], texts: Texts) -> dict[str, Any]:
+    others = [_token(texts[one], value) for one, value in likeliest.items()]
+    return {**_token(texts[token_id], logprob), "top_logprobs": others}
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
+from common.slices import Slices
 from rollout_server.http.openai.errors import bad_request
 from rollout_server.http.openai.schema.chat_request import Message, TemplateOptions
 from rollout_server.http.openai.schema.sampling import SamplingRequest
@@ -49,12 +50,15 @@ async def completion_prompts(
     """
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
+    if isinstance(prompt[0], str):
+        prompt = await _all_tokenized(tokenizer, prompt, special=special)
     prompts = []
-    for number, one in enumerate(prompt):
-        token_ids = await tokenized(tokenizer, one, special=special) if isinstance(one, str) else list(one)
+    slices = Slices()
+    for number, token_ids in enumerate(prompt):
         where = "prompt" if len(prompt) == 1 else f"prompt[{number}]"
         check_token_ids(token_ids, vocabulary, where)
         prompts.append(token_ids if truncation is None else truncation.apply(token_ids))
+        await slices.turn()
     return prompts
 
 
@@ -111,17 +115,28 @@ def check_in_vocabulary(token_ids: list[int], vocabulary: int, where: str) -> No
 
 
 LONG_TEXT = 20_000
-"""Characters from which on tokenizing is worth a thread, so that other requests go on."""
+"""Characters from which on tokenizing is worth a thread, so that other requests go on: Python's lock is free then."""
 
 
 async def tokenized(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """Token ids of a text."""
+    (token_ids,) = await _all_tokenized(tokenizer, [text], special=special)
+    return token_ids
 
-    def tokenize() -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids
 
-    return await aside(tokenize, len(text))
+async def _all_tokenized(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+    """Token ids of each text."""
+
+    def tokenize() -> list[list[int]]:
+        return [_token_ids(tokenizer, text, special) for text in texts]
+
+    return await aside(tokenize, sum(map(len, texts)))
+
+
+def _token_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    unused = {"return_attention_mask": False, "return_token_type_ids": False}
+    token_ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False, **unused)["input_ids"]
+    return token_ids
 
 
 async def aside(work: Callable[[], Result], size: int) -> Result:

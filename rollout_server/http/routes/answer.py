@@ -9,9 +9,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from common.slices import joined
 from common.trajectory import ResponseRequest
 from common.weights import NonFiniteLogits
-from rollout_server.http.openai.choice import Choice
 from rollout_server.http.openai.encoders import Encoder
 from rollout_server.http.openai.errors import ApiError, unavailable
 from rollout_server.http.routes.choices import Generation, MakeChoice
@@ -60,6 +60,7 @@ class GenerationAnswer(Response):
         self._encoder = encoder
         self._streams = streams
         self._started = False
+        self._generation: Generation | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._work(scope, send))
@@ -100,6 +101,9 @@ class GenerationAnswer(Response):
             if isinstance(error, NonFiniteLogits):
                 self._service.metrics.non_finite.inc()
             await self._fail(send, _api_error(error, scope[REQUEST_ID]))
+        finally:
+            if self._generation is not None:
+                await self._generation.forget()
 
     async def _generate(self, send: Send) -> None:
         service = self._service
@@ -107,27 +111,21 @@ class GenerationAnswer(Response):
             raise _shutting_down()
         responses = sum(map(len, self._groups))
         places = _Places(service.admission, await service.admission.acquire(self._client, responses))
-        generation: Generation | None = None
+        generation = Generation(service.replicas, self._make_choice, places.give_back, self._streams)
+        self._generation = generation
         try:
-            generation = Generation(service.replicas, self._groups, self._make_choice, places.give_back, self._streams)
+            await generation.take(self._groups)
             if self._streams:
                 await self._stream(generation, send)
             else:
                 await generation.finish()
                 # First: what fails here must still be answered with an error.
-                body = await self._encoded(generation.choices)
+                body = await joined(self._encoder.whole(generation.choices))
                 await self._start(send, "application/json", len(body))
                 await send({"type": "http.response.body", "body": body})
         finally:
             places.give_back()
-            if generation is not None:
-                service.count(generation)
-
-    async def _encoded(self, choices: list[Choice]) -> bytes:
-        """The whole answer; a long one is made beside the event loop."""
-        if any(choice.prompt_logprobs for choice in choices):
-            return await asyncio.to_thread(self._encoder.whole, choices)
-        return self._encoder.whole(choices)
+            service.count(generation)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
         # Closed at once, whatever ends it: what is left to the garbage collector generates until then.
@@ -135,7 +133,8 @@ class GenerationAnswer(Response):
             async for batch in batches:
                 if not self._started:
                     await self._start(send, self._encoder.media_type)
-                body = b"".join(self._encoder.chunk(choice, chunk) for choice, chunk in batch)
+                pieces = (piece for choice, chunk in batch for piece in self._encoder.chunk(choice, chunk))
+                body = await joined(pieces)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._encoder.end(generation.choices)})
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from common.slices import Slices
 from rollout_server.http.openai.errors import ApiError, bad_request, from_validation, parameter
 
 MAX_ITEMS = 50_000
@@ -22,7 +23,6 @@ MAX_KEYS = 1024
 """Keys of one object."""
 MAX_DEPTH = 64
 LONG_BODY = 64 * 1024
-SLICE_SECONDS = 0.01
 _ITEMS_BETWEEN_LOOKS = 500
 _TOKEN = re.compile(rb'[^"\[\]{}]*+(?:("[^"\\]*+(?:\\.[^"\\]*+)*+")(\s*+:)?|([\[\]{}])|"|\Z)', re.DOTALL)
 """What comes next, and what is skipped before it. Neither a text nor a bracket: the end, or a text without one. It
@@ -91,15 +91,14 @@ class _Structure:
 
 
 async def check_structure(body: bytes) -> None:
-    """Refuse bodies with too much in them, and with a key twice in one object, in slices of `SLICE_SECONDS`.
+    """Refuse bodies with too much in them, and with a key twice in one object, in slices.
 
     Raises:
         ApiError: 400.
     """
-    loop = asyncio.get_running_loop()
+    slices = Slices()
     structure = _Structure()
     many_commas = body.count(b",") >= MAX_NUMBERS
-    slice_began = loop.time()
     for number, match in enumerate(_TOKEN.finditer(body)):
         text, colon, bracket = match.groups()
         if text is bracket is None:
@@ -107,9 +106,8 @@ async def check_structure(body: bytes) -> None:
         structure.take(text, colon is not None, bracket)
         if many_commas and text is not None:
             structure.commas_in_texts += text.count(b",")
-        if number % _ITEMS_BETWEEN_LOOKS == 0 and loop.time() - slice_began > SLICE_SECONDS:
-            await asyncio.sleep(0)
-            slice_began = loop.time()
+        if number % _ITEMS_BETWEEN_LOOKS == 0:
+            await slices.turn()
     if many_commas and body.count(b",") - structure.commas_in_texts >= MAX_NUMBERS + structure.items:
         raise _too_complex(f"more than {MAX_NUMBERS} numbers")
 

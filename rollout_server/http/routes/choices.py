@@ -5,6 +5,7 @@ import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable
 
+from common.slices import Slices, begun, ended
 from common.trajectory import ResponseRequest, Trajectory
 from common.weights import NonFiniteLogits
 from rollout_server.http.openai.choice import Choice, Chunk
@@ -16,6 +17,7 @@ from rollout_server.replicas.resubmission import on_replicas, requests_again
 
 log = logging.getLogger("e3rl.generation")
 RESUBMISSIONS = 3
+SCORES_AT_ONCE = 1000
 MakeChoice = Callable[[int, ResponseRequest, Callable[[Choice], None] | None], Choice]
 
 
@@ -30,7 +32,6 @@ class Generation:
     def __init__(
         self,
         replicas: Pool,
-        groups: list[list[ResponseRequest]],
         make_choice: MakeChoice,
         generated: Callable[[], None],
         streams: bool,
@@ -44,9 +45,31 @@ class Generation:
         self._tasks: list[asyncio.Task[None]] = []
         self._shown = False
         self.resubmissions = 0
+        self.groups: list[list[Choice]] = []
+
+    async def take(self, groups: list[list[ResponseRequest]]) -> None:
+        """What is to be generated. Once, and first."""
+        slices = Slices()
         indices = itertools.count()
-        changed = self._changed if streams else None
-        self.groups = [[make_choice(next(indices), request, changed) for request in group] for group in groups]
+        changed = self._changed if self._streams else None
+        for requests in groups:
+            group: list[Choice] = []
+            for request in requests:
+                group.append(self._make_choice(next(indices), request, changed))
+                await slices.turn()
+            self.groups.append(group)
+
+    async def forget(self) -> None:
+        """Give up what was generated; freeing all of it at once would hold the event loop."""
+        slices = Slices()
+        self._fresh.clear()
+        for group in self.groups:
+            while group:
+                scores = group.pop().prompt_logprobs
+                while scores:
+                    del scores[-SCORES_AT_ONCE:]
+                    await slices.turn()
+                await slices.turn()
 
     @property
     def choices(self) -> list[Choice]:
@@ -58,34 +81,35 @@ class Generation:
         Raises:
             Exception: the first failure; the other responses are cancelled.
         """
-        self._start()
         try:
+            await self._start()
             await _all(self._tasks)
             self._generated()
         finally:
-            await self._cancel()
+            await ended(self._tasks)
 
     async def chunks(self) -> AsyncGenerator[list[tuple[Choice, Chunk]], None]:
         """What is new, as it comes: consecutive chunks of a choice that came at once are one."""
-        self._start()
-        everything = asyncio.ensure_future(_all(self._tasks))
+        everything = asyncio.create_task(self._everything())
         everything.add_done_callback(self._ended)
         try:
-            while True:
+            while self._fresh or not everything.done():
                 await self._wake.wait()
                 self._wake.clear()
                 fresh, self._fresh = self._fresh, {}
-                batch = [(choice, chunk) for choice in fresh.values() for chunk in _joined(choice)]
+                self._shown = self._shown or any(choice.chunks for choice in fresh.values())
+                batch = []
+                slices = Slices()
+                for choice in fresh.values():
+                    batch += [(choice, chunk) for chunk in _joined(choice)]
+                    await slices.turn()
                 if batch:
-                    self._shown = True
                     yield batch
-                elif everything.done():
-                    await everything
-                    return
+            await everything
         finally:
             everything.cancel()
             await asyncio.gather(everything, return_exceptions=True)
-            await self._cancel()
+            await ended(self._tasks)
 
     def _changed(self, choice: Choice) -> None:
         self._fresh[choice.index] = choice
@@ -96,14 +120,12 @@ class Generation:
         if not everything.cancelled() and everything.exception() is None:
             self._generated()
 
-    def _start(self) -> None:
-        for number in range(len(self.groups)):
-            self._tasks.append(asyncio.create_task(self._group(number)))
+    async def _everything(self) -> None:
+        await self._start()
+        await _all(self._tasks)
 
-    async def _cancel(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def _start(self) -> None:
+        await begun(((self._group, number) for number in range(len(self.groups))), self._tasks)
 
     async def _group(self, number: int) -> None:
         """Generate one group, what is left of it on another replica if its own dies."""
@@ -131,16 +153,13 @@ class Generation:
         await _score_prompt(choices, member)
         if choices[0].options.only_prompt:
             return
-        tasks = [
-            asyncio.create_task(self._respond(choice, request, member))
-            for choice, request in zip(choices, requests, strict=True)
-        ]
+        tasks: list[asyncio.Task[None]] = []
         try:
+            pairs = zip(choices, requests, strict=True)
+            await begun(((self._respond, choice, request, member) for choice, request in pairs), tasks)
             await _all(tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await ended(tasks)
 
     def _rewind(self, group: list[Choice]) -> None:
         """Take the unfinished choices of a group back to where they can be resumed."""
@@ -209,13 +228,17 @@ def _joined(choice: Choice) -> list[Chunk]:
     """The choice's new chunks, with texts joined up to an erasure."""
     chunks, choice.chunks = choice.chunks, []
     joined: list[Chunk] = []
+    texts: list[list[str]] = []
     for chunk in chunks:
         last = joined[-1] if joined else None
         if last is None or last.erased is not None or chunk.erased is not None:
             joined.append(chunk)
+            texts.append([chunk.text])
         else:
-            last.text += chunk.text
+            texts[-1].append(chunk.text)
             last.token_ids += chunk.token_ids
-            last.entries += chunk.entries
+            last.entries.extend(chunk.entries)
             last.final = last.final or chunk.final
+    for chunk, parts in zip(joined, texts, strict=True):
+        chunk.text = "".join(parts)
     return joined

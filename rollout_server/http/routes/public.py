@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from common.config.erasure import ErasurePolicy
+from common.slices import Slices
 from common.trajectory import ResponseRequest, Trajectory
 from rollout_server.engine.detokenize import TextOptions, TokenNumbers
 from rollout_server.http.openai.choice import ChoiceOptions
@@ -94,7 +95,7 @@ async def _complete(service: Service, request: Request, body: CompletionRequest)
     prompts = await completion_prompts(service.tokenizer, body.prompt, facts.vocabulary, truncation, special)
     lengths = _Lengths(body.max_tokens, DEFAULT_MAX_TOKENS, "prompt", "max_tokens")
     echoes = await _echoes(service, body, prompts) if body.echo else ()
-    return _answer(service, request, body, prompts, lengths, body.logprobs, body.scores, echoes)
+    return await _answer(service, request, body, prompts, lengths, body.logprobs, body.scores, echoes)
 
 
 async def _echoes(service: Service, body: CompletionRequest, prompts: list[list[int]]) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ async def _chat(service: Service, request: Request, body: ChatRequest) -> Respon
     check_token_ids(prompt, facts.vocabulary, "messages")
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     lengths = _Lengths(body.length, None, "messages", body.length_name)
-    return _answer(service, request, body, [prompt], lengths, top_logprobs, body.prompt_logprobs)
+    return await _answer(service, request, body, [prompt], lengths, top_logprobs, body.prompt_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class _Lengths:
     max_tokens_name: str
 
 
-def _answer(
+async def _answer(
     service: Service,
     request: Request,
     body: SamplingRequest,
@@ -148,9 +149,9 @@ def _answer(
     if body.request_id is not None and not header(request.scope, b"x-request-id"):
         request.scope[REQUEST_ID] = body.request_id
     identity = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + request.scope[REQUEST_ID]
-    groups = _groups(service, body, prompts, lengths, policy, identity, top_logprobs)
     if scores is not None:
         check_scores(prompts, body.choices, scores)
+    groups = await _groups(service, body, prompts, lengths, policy, identity, top_logprobs)
     request.scope[USER] = body.user
     segments = body.erasure is None or body.erasure.return_segments
     options = ChoiceOptions(
@@ -187,7 +188,7 @@ def _answer(
     return GenerationAnswer(service, _client(request), groups, maker, encoder, streams=bool(body.stream))
 
 
-def _groups(
+async def _groups(
     service: Service,
     body: SamplingRequest,
     prompts: list[list[int]],
@@ -208,6 +209,7 @@ def _groups(
     service.check_extras(extras, policy)
     sentinels = 0 if policy is None else 1
     groups = []
+    slices = Slices()
     for number, prompt in enumerate(prompts):
         where = lengths.prompt_name if len(prompts) == 1 else f"{lengths.prompt_name}[{number}]"
         names = where, lengths.max_tokens_name
@@ -232,6 +234,7 @@ def _groups(
             **known,
         )
         groups.append(_members(template, body.choices))
+        await slices.turn()
     return groups
 
 
@@ -241,6 +244,7 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
     plain = policy is None
     _check_choices(service, sum(group.n for group in body.groups))
     groups: list[list[ResponseRequest]] = []
+    slices = Slices()
     for number, group in enumerate(body.groups):
         where = f"groups[{number}].prompt_token_ids"
         check_token_ids(group.prompt_token_ids, service.facts.vocabulary, where)
@@ -267,6 +271,7 @@ async def _rollouts(service: Service, request: Request, body: RolloutRequest) ->
             erasable=False,
         )
         groups.append(_members(template, group.n, erasable))
+        await slices.turn()
     options = ChoiceOptions(segments=False)
     maker = service.choice_maker(_observer(service, request), options, TextOptions())
     return GenerationAnswer(service, _client(request), groups, maker, RolloutEncoder(), streams=True)

@@ -6,8 +6,10 @@ from contextlib import suppress
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from common.slices import joined
 from rollout_server.http.openai.documentation import add_documentation
 from rollout_server.http.openai.errors import ApiError, unavailable
+from rollout_server.http.openai.json_pieces import object_pieces
 from rollout_server.http.openai.openapi import errors, takes
 from rollout_server.http.openai.prompts import aside, chat_prompt, check_in_vocabulary, tokenized
 from rollout_server.http.openai.schema.service import (
@@ -146,14 +148,11 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         else:
             tokens = await tokenized(tokenizer, body.prompt or "", special=special is not False)
 
-        def encode() -> bytes:
-            names = tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
-            answer = Tokenized(
-                count=len(tokens), max_model_len=service.facts.max_length, tokens=tokens, token_strs=names
-            )
-            return answer.model_dump_json().encode()
-
-        return Response(await aside(encode, len(tokens)), media_type="application/json")
+        answer = Tokenized(count=len(tokens), max_model_len=service.facts.max_length, tokens=[], token_strs=None)
+        names = map(tokenizer.convert_ids_to_tokens, tokens) if body.return_token_strs else None
+        lists = {"tokens": tokens, "token_strs": names}
+        pieces = object_pieces(answer.model_dump(exclude=set(lists)), lists)
+        return Response(await joined(pieces), media_type="application/json")
 
     @app.post(
         "/detokenize",

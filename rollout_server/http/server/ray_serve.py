@@ -25,6 +25,7 @@ from rollout_server.http.server.serve import (
     engine_threads,
     kept_signal_handlers,
     request_seconds,
+    settle,
     start_service,
 )
 from rollout_server.http.server.settings import ServerSettings
@@ -77,6 +78,7 @@ class Endpoint:
         self._addresses = url(settings.host, settings.port), address(admin)
         self._seconds = phases.seconds
         _Entrance.app = public_app(self._service)
+        settle()
 
     async def banner(self) -> str:
         """What is printed when the server is ready."""

@@ -194,9 +194,7 @@ async def serve(settings: ServerSettings, phases: Phases) -> None:
         for task in running:
             if task.done():
                 task.result()
-        # What exists by now stays: the garbage collector need not look at it again while requests are served.
-        gc.collect()
-        gc.freeze()
+        settle()
         print(banner(settings, service, address(public), address(admin), phases.seconds), flush=True)
         await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping: %d requests are under way", len(service.under_way))
@@ -212,6 +210,15 @@ async def serve(settings: ServerSettings, phases: Phases) -> None:
         loader.close()
         if service.tracing is not None:
             service.tracing.close()
+
+
+def settle() -> None:
+    """What exists by now stays: the garbage collector need not look at it again while requests are served.
+
+    It would take longer, in the event loop, than any request may.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 async def end_listeners(listeners: list[BoundServer], running: list[asyncio.Task[None]]) -> None:

@@ -65,10 +65,14 @@ class GroupTable:
             return
         group.finished.add(uid)
         if len(group.finished) == group.size:
-            for statistics in group.statistics.values():
-                self._monitor.close_group(statistics.row, statistics.prior, statistics.decay)
-                self._free_rows.append(statistics.row)
-            del self._groups[name]
+            self.close(name)
+
+    def close(self, name: str) -> None:
+        """Fold a group's statistics into the priors, and give back its rows; nothing if it is not open."""
+        group = self._groups.pop(name, None)
+        for statistics in () if group is None else group.statistics.values():
+            self._monitor.close_group(statistics.row, statistics.prior, statistics.decay)
+            self._free_rows.append(statistics.row)
 
     def priors(self) -> dict[str, list[list[float]]]:
         """The statistics of earlier groups, by kind of response."""

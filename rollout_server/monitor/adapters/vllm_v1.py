@@ -7,6 +7,7 @@ weights.
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -167,16 +168,19 @@ class SegmentMonitorProcessor(LogitsProcessor):
         return self._outbox.non_finite.get(uid)
 
     @torch.inference_mode()
-    def release(self, aborted: list[tuple[int, str]]) -> None:
+    def release(self, aborted: list[tuple[int, str]], over: Sequence[str] = ()) -> None:
         """Forget submissions that were aborted, given as (uid, group). Their responses count as finished.
 
-        A submission that never reached the batch is unknown here, but its group may wait for it.
+        A submission that never reached the batch is unknown here, but its group may wait for it. `over`: groups of
+        which nothing more comes, whatever they wait for.
         """
         for uid, group in aborted:
             followed = self._followed.get(uid)
             self._groups.member_finished(group, uid)
             if followed is not None:
                 self._forget(followed)
+        for group in over:
+            self._groups.close(group)
 
     def counters(self) -> dict[str, int]:
         """What the monitor holds and did.

@@ -158,6 +158,21 @@ def test_cancelled_responses_free_their_blocks_and_their_groups(engine: RunningE
     assert engine.run(engine.engine.llm.reset_prefix_cache()), "KV blocks are still in use"
 
 
+def test_a_response_that_left_before_it_reached_the_batch_keeps_no_group_open(engine: RunningEngine) -> None:
+    first, *others = group_requests(1, 4, max_tokens=16, seed=23, policy=POLICY, ignore_eos=True)
+
+    async def leave_at_once() -> None:
+        task = asyncio.create_task(engine.engine.generate(first))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    engine.run(leave_at_once())
+    engine.run(engine.engine.settle())
+    engine.generate(others)
+    assert engine.counters()["following"] == 0
+
+
 def test_ten_thousand_requests_leave_nothing_behind(engine: RunningEngine) -> None:
     policy = POLICY.model_copy(update={"segmentation": FixedSegmentation(length=1), "max_erasures": 1})
     requests = group_requests(2500, 4, max_tokens=2, prompt_tokens=3, policy=policy, ignore_eos=True)

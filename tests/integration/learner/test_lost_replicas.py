@@ -52,7 +52,8 @@ def test_a_replica_that_is_killed_or_hangs_in_the_middle_of_a_step_costs_no_resp
     assert not hung.is_running(), "a replica's engine is left, with its memory"
     metrics = lines(directory)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
-    assert sum(line[names.REPLICA_RESTARTS] for line in metrics) == 2
+    # More on a machine that is so busy that an engine makes no step for 15 s.
+    assert sum(line[names.REPLICA_RESTARTS] for line in metrics) >= 2
     assert sum(line[names.RESUBMISSIONS] for line in metrics) > 0
     log = (directory / "log" / "driver.log").read_text()
     assert "replica 0 died and is being restarted" in log

@@ -244,6 +244,17 @@ async def test_a_client_that_does_not_read_its_answer_holds_no_place(stream: boo
         await until(lambda: is_idle(server, replica))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_stream_ends_though_its_client_began_to_read_when_all_was_generated(n: int) -> None:
+    replica = StubReplica(saying("a", "b", "c"))
+    async with asyncio.timeout(10.0), StubServer(replica) as server:
+        slow = Caller(server, {"prompt": "a", "stream": True, "n": n}, reads=False)
+        await until(lambda: slow.status == 200 and replica.under_way == server.service.admission.busy == 0)
+        slow.reading.set()
+        await slow.task
+        await until(lambda: is_idle(server, replica))
+
+
 async def test_a_request_that_fails_as_it_is_prepared_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("no choice can be made")

@@ -1,10 +1,15 @@
 """Incremental text: stop strings, multi-byte characters, copies of cursors, segments of a choice."""
 
 import random
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.decoders import DecodeStream
+from tokenizers.models import WordLevel
 
 from rollout_server.engine.detokenize import TextCursor, TextOptions, TokenTexts
 from rollout_server.engine.stop_strings import StopFinder
@@ -133,3 +138,55 @@ def test_texts_of_tokens() -> None:
 def test_multi_byte_stop_strings(stop: str, before: str) -> None:
     text = before + stop
     assert cursor((stop,)).feed(ids(text))[0] == text[: text.index(stop)]
+
+
+@given(st.text(max_size=40), st.lists(st.integers(0, 40), max_size=6), st.sampled_from(["ab", "€", "xyx", "aab"]))
+def test_tokens_that_come_together_are_as_those_that_come_alone(text: str, cuts: list[int], stop: str) -> None:
+    """Also where a stop string is in them or begins."""
+    tokens = ids(text) * 2 + ids(stop[:-1]) + ids(text) + ids(stop) + ids(text)
+    alone, together = cursor((stop, "zz")), cursor((stop, "zz"))
+    one_by_one = [alone.feed([token]) for token in tokens]
+    edges = sorted({0, len(tokens), *(min(cut * 3, len(tokens)) for cut in cuts)})
+    groups = [together.feed(tokens[start:end]) for start, end in pairwise(edges)]
+    assert "".join(piece for piece, _ in groups) == "".join(piece for piece, _ in one_by_one)
+    assert sum(taken for _, taken in groups) == sum(taken for _, taken in one_by_one)
+    assert (together.stopped, together.characters) == (alone.stopped, alone.characters)
+
+
+def possible_beginning(text: str, stops: tuple[str, ...]) -> int:
+    lengths = range(min(max(map(len, stops)) - 1, len(text)), 0, -1)
+    return next((length for length in lengths if any(stop.startswith(text[-length:]) for stop in stops)), 0)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop_string(text: str, stops: list[str]) -> None:
+    finder = StopFinder(tuple(stops))
+    shown, stop = finder.push(text)
+    if stop is None:
+        assert finder.held == text[len(text) - possible_beginning(text, finder.stops) :]
+        assert shown + finder.held == text
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 255), max_size=80) | st.text(max_size=60).map(ids), st.text(max_size=8), st.data())
+def test_of_a_prompt_only_its_end_matters(prompt: list[int], text: str, data: st.DataObject) -> None:
+    """Also where it is no text, or a character begins in it and ends in the response."""
+    tokens = prompt + ids(text)
+    cut = data.draw(st.integers(max(len(prompt) - 4, 0), len(tokens)))
+    stream: Any = DecodeStream(ids=tokens[:cut], skip_special_tokens=True)
+    try:
+        expected = [stream.step(BACKEND, token) for token in tokens[cut:]]
+    except Exception:
+        # Bytes that are no text; a cursor then begins anew.
+        return
+    after = TextCursor(BACKEND, tokens[:cut], TextOptions())
+    assert [after.feed([token])[0] for token in tokens[cut:]] == [piece or "" for piece in expected]
+
+
+@pytest.mark.parametrize("silent_end", [0, 3, 10])
+def test_a_space_before_the_first_word_is_kept(silent_end: int) -> None:
+    words = Tokenizer(WordLevel({"\u2581hello": 0, "\u2581world": 1, "</s>": 2}, unk_token="</s>"))
+    words.decoder = decoders.Metaspace()
+    words.add_special_tokens(["</s>"])
+    prompt = [0] * 30 + [2] * silent_end
+    assert TextCursor(words, prompt, TextOptions()).feed([1, 0]) == (" world hello", 2)

@@ -174,6 +174,26 @@ def test_a_response_that_ended_as_its_caller_left_is_counted_once() -> None:
     assert followed.counters()["following"] == 0
 
 
+def test_a_group_whose_member_left_before_it_reached_the_batch_is_over_when_the_others_are() -> None:
+    inbox = Inbox()
+    followed = processor(inbox.address)
+    followed.release([(1, "three")])
+    for uid in (2, 3):
+        output_ids: list[int] = []
+        row = (0, params(uid, "three", 3), None, output_ids)
+        followed.update_state(BatchUpdate(1, removed=[], added=[row], moved=[]))
+        for _ in range(3):
+            step(followed, output_ids)
+        followed.update_state(BatchUpdate(0, removed=[0], added=[], moved=[]))
+        followed.apply(torch.zeros(0, VOCABULARY))
+    assert followed.counters()["following"] == 1, "the group, which waits for a third"
+    followed.release([], ["three", "unknown"])
+    followed._outbox.close()
+    inbox.close()
+    assert followed.counters()["following"] == 0
+    assert followed.priors()["usual"], "what the two taught is kept"
+
+
 def plain(uid: int) -> SamplingParams:
     """Of a request without a monitor."""
     return SamplingParams(extra_args={PLAIN_ARG: uid})

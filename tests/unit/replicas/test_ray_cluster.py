@@ -35,3 +35,11 @@ def test_a_start_of_ray_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         connect(None)
     expected = "The current node timed out during startup. Some of Ray's processes failed."
     assert str(caught.value) == f"Ray did not start on this machine: {expected}"
+
+
+def test_a_cluster_that_somebody_else_has_started_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_cluster.ray, "init", lambda **options: asked.append(options["address"]))
+    connect(None)
+    assert asked == ["local"]

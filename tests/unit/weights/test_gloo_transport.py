@@ -25,7 +25,7 @@ from learner.weights.publisher import Parameters
 from learner.weights.transports import publisher
 from rollout_server.weights import gloo as receiving
 from rollout_server.weights import receivers
-from rollout_server.weights.receiver import NotReachable
+from rollout_server.weights.receiver import Withdrawn
 from rollout_server.weights.receivers import Receivers
 from tests.weights import parameters, parameters_of, received
 
@@ -209,7 +209,7 @@ async def test_weights_that_are_given_up_are_not_received_once_more() -> None:
         await asyncio.sleep(0.1)
         assert one.publish(1, given).not_finite == "a"
         one.discard(1)
-        with pytest.raises((NotReachable, TransferInterrupted)):
+        with pytest.raises((Withdrawn, TransferInterrupted)):
             await receiving_it
 
 

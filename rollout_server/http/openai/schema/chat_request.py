@@ -79,7 +79,7 @@ class Message(RequestModel):
     """One message of the conversation, for the model's chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=1024)] | None = Field(
+    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = Field(
         default=None, description="null only of an assistant, which called tools."
     )
     name: Name | None = None
@@ -198,7 +198,7 @@ class TemplateOptions(RequestModel):
         return dict(self.chat_template_kwargs or {})
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 class ChatRequest(SamplingRequest, TemplateOptions):

@@ -20,6 +20,9 @@ from rollout_server.http.openai.schema.base import AnswerModel, RequestModel, To
 SegmentLength = Annotated[int, Field(ge=1, le=1_048_576)]
 
 
+Delimiters = Annotated[list[Delimiter], Field(min_length=1, max_length=MOST_DELIMITERS, fail_fast=True)]
+
+
 class FixedSegments(RequestModel):
     """Segments of `length` tokens each."""
 
@@ -31,7 +34,7 @@ class DelimiterSegments(RequestModel):
     """A segment ends with the token that completes a delimiter in its text, within these lengths in tokens."""
 
     mode: Literal["delimiter"]
-    delimiter: Delimiter | Annotated[list[Delimiter], Field(min_length=1, max_length=MOST_DELIMITERS)] = Field(
+    delimiter: Delimiter | Delimiters = Field(
         default="\n", description="A text, or several of which each ends a segment; it may be spread over tokens."
     )
     min_length: SegmentLength = SHORTEST_DELIMITED

@@ -38,7 +38,7 @@ class RolloutRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     model: str | None = Field(default=None, min_length=1, max_length=256)
-    groups: list[RolloutGroup] = Field(min_length=1, max_length=1024)
+    groups: list[RolloutGroup] = Field(min_length=1, max_length=1024, fail_fast=True)
     max_tokens: int = Field(ge=1, le=MAX_TOKENS)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)

@@ -102,7 +102,7 @@ class SamplingRequest(RequestModel):
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=8192, fail_fast=True)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=64, fail_fast=True)] | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Makes the request reproducible.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
