@@ -11,11 +11,11 @@ ARGS ?=
 
 export TARGET PYTHON
 
-.PHONY: help setup demo demo-model serve test test-unit real-model test-real bench lint format typecheck lock docs clean
+.PHONY: help setup demo demo-model serve test test-unit real-model test-real bench chaos lint format typecheck lock docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
-	@echo "  ARGS=\"...\" is handed to demo, demo-model, serve, test, test-unit, test-real and bench."
+	@echo "  ARGS=\"...\" is handed to demo, demo-model, serve, test, test-unit, test-real, bench and chaos."
 
 setup: ## Make or complete .venv (TARGET=cpu|gpu, PYTHON=python3.12; no-op if up to date)
 	@bash deploy/setup.sh
@@ -46,6 +46,9 @@ test-real: real-model ## The tests that need a pretrained model (not part of mak
 
 bench: setup ## Measure the performance targets; the table is also in runs/bench/latest.json
 	@$(PY) -m tests.benchmarks.run $(ARGS)
+
+chaos: setup ## One training run under 50 faults of nine kinds on a local cluster (up to 40 minutes)
+	@$(PY) -m tests.chaos.run $(ARGS)
 
 lint: setup ## ruff (rules, formatting), shellcheck (scripts), hadolint (deploy/Dockerfile)
 	@$(PY) -m ruff check .
