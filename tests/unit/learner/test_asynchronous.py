@@ -43,6 +43,7 @@ class SlowRollouts(FakeRollouts):
         self.groups_finished = 0
         self.most_under_way = 0
         self.seconds = lambda request: self.random.uniform(0.0, 0.01)
+        self.is_held = lambda request: False
 
     async def generate(self, groups: Sequence[Sequence[ResponseRequest]]) -> AsyncIterator[PackedResponse]:
         is_training = not groups[0][0].group_id.startswith("evaluation")
@@ -51,6 +52,8 @@ class SlowRollouts(FakeRollouts):
         try:
             async for response in super().generate(groups):
                 await asyncio.sleep(self.seconds(groups[0][0]))
+                while self.is_held(groups[0][0]):
+                    await asyncio.sleep(0.005)
                 yield response
             self.groups_finished += is_training * len(groups)
         finally:
@@ -209,10 +212,19 @@ def test_a_response_that_takes_long_holds_no_step_up_and_is_trained_all_the_same
     def seconds(request: ResponseRequest) -> float:
         if request.prompt_id != first[0]:
             return 0.0
-        return 0.1 if not request.group_id.endswith("again1") else 0.04
+        return 0.04 if request.group_id.endswith("again1") else 0.0
+
+    def is_held(request: ResponseRequest) -> bool:
+        """The first time it takes until the policy is too far on, however busy the machine is."""
+        return (
+            request.prompt_id == first[0]
+            and request.group_id.startswith("1-")
+            and rollouts.version < 3
+            and (not request.group_id.endswith("again1"))
+        )
 
     first = [draw_prompts(settings)[1]]
-    rollouts.seconds = seconds
+    rollouts.seconds, rollouts.is_held = seconds, is_held
     directory = run(settings, rollouts, SlowLearner()).directory
     check_ledger(directory, settings)
     lines, account = read_jsonl(directory.metrics), read_jsonl(directory.ledger)
