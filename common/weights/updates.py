@@ -1,5 +1,6 @@
 """An update of weights as replicas are told of it, and what they answer."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -7,7 +8,7 @@ from pydantic import Field
 from common.config.base import StrictModel
 
 
-class _Update(StrictModel):
+class _Update(StrictModel, ABC):
     """One version of the policy's weights, ready to be loaded by replicas.
 
     `checksum`: `weights_checksum` of all tensors, which have `bytes` in all. `streams`: replicas may begin while the
@@ -21,9 +22,9 @@ class _Update(StrictModel):
     bytes: int
 
     @property
+    @abstractmethod
     def place(self) -> str:
         """Where the weights are, as errors may name it."""
-        raise NotImplementedError
 
 
 class HostUpdate(_Update):

@@ -128,7 +128,9 @@ def _disk(directory: Path) -> tuple[float, float, float]:
                 while file.read(1024**2):
                     pass
 
-        return tuple(FILE_BYTES / _fastest(work) for work in (write, read, lambda: write_manifest(Path(place))))  # type: ignore[return-value]
+        # Before it is read.
+        written = FILE_BYTES / _fastest(write)
+        return written, FILE_BYTES / _fastest(read), FILE_BYTES / _fastest(lambda: write_manifest(Path(place)))
 
 
 def _loopback_rate() -> float:

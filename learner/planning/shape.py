@@ -8,8 +8,6 @@ from typing import Any
 from common.config.run import ModelConfig
 from learner.run.errors import InputError
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -48,7 +46,8 @@ def read_shape(model: ModelConfig, source: Path | None = None) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    name, options = str(source or model.path), {"trust_remote_code": model.trust_remote_code}
+    name = str(source or model.path)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if source is not None:
         file = source / "config.json" if source.is_dir() else source
         if not file.is_file():
@@ -63,7 +62,7 @@ def read_shape(model: ModelConfig, source: Path | None = None) -> ModelShape:
             raise InputError(f"--model-config: {file} holds no model's configuration")
     else:
         if model.revision is not None:
-            options |= {"revision": model.revision}  # type: ignore[dict-item]
+            options["revision"] = model.revision
         try:
             settings = AutoConfig.from_pretrained(name, **options)
         except Exception as error:
@@ -106,11 +105,6 @@ def shape_of(settings: Any, name: str, *, trust_remote_code: bool = False) -> Mo
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         norms_heads=any(module.rpartition(".")[2] == "q_norm" for module, _ in model.named_modules()),
     )
-
-
-def has_experts(settings: Any) -> bool:
-    """Whether a token goes through a part of the layers' parameters only."""
-    return any((getattr(settings.get_text_config(), name, None) or 0) > 1 for name in _EXPERTS)
 
 
 def _line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def _find(name: str) -> Callable[..., Any]:
         )
     if not callable(function):
         raise InputError(f"{attribute!r} of module {module_name!r} is a {type(function).__name__}, no function")
-    return function  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], function)
 
 
 def _takes_three_in_order(parameters: list[Parameter], columns: Collection[str] | None) -> bool:

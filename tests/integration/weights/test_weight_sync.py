@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -316,11 +316,11 @@ async def test_a_response_that_waits_for_a_pause_to_end_is_told_of_the_engines_e
 
 @pytest.mark.parametrize("transport", ["host", "disk", "gloo"])
 def test_every_transport_brings_the_learners_weights_into_the_engine(
-    synced: Synced, tmp_path: Path, transport: str
+    synced: Synced, tmp_path: Path, transport: Literal["host", "disk", "gloo"]
 ) -> None:
     """Published as a rank publishes them; a replica that restarts may load them once more."""
     config = SyncConfig(
-        transport=transport,  # type: ignore[arg-type]
+        transport=transport,
         directory=str(tmp_path) if transport == "disk" else None,
         bucket_bytes=2**16 if transport == "gloo" else None,
     )
