@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.config.erasure import ErasurePolicy
 from common.repetition import repeated_share
 from common.threshold import GroupStatistics, History
-from common.trajectory import Attempt, FinishReason, Judgement, Prompt, Trajectory, VersionSpan
+from common.trajectory import MEASURED, Attempt, FinishReason, Judgement, Prompt, Trajectory, VersionSpan
 
 Integers = NDArray[np.int32]
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -28,7 +28,6 @@ Fetch = Callable[[list[Any]], "list[TokenArrays]"]
 PER_TOKEN = ("logprobs", "behaviour_logprobs", "signal")
 STATISTICS = tuple(f"statistics.{f.name}" for f in fields(GroupStatistics))
 HISTORY = tuple(f"history.{f.name}" for f in fields(History))
-MEASURED = ("uncertainty", "base", "extreme", "gradient", "baseline", "penalty", "modulation", "threshold")
 VALUES = ("temperature", *MEASURED, *STATISTICS, *HISTORY, "erased_tokens_before")
 """Columns of `AttemptTable.values`: after the temperature those of `Judgement`, null ones NaN."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from common.config.base import StrictModel, Temperature
 from common.config.erasure import ErasurePolicy
@@ -32,11 +32,10 @@ class Prompt(StrictModel):
     columns: dict[str, Any] = Field(default_factory=dict)
 
 
-class Judgement(StrictModel):
-    """Everything that decided over one attempt: enough to compute threshold and verdict again.
+class Measured(BaseModel):
+    """The numbers that a judgement is made of. What else names them, as columns or as fields, follows this list.
 
     `baseline` and `threshold` are null where too few observations existed, which erases nothing.
-    `statistics` and `history` are as they were when the attempt was judged.
     """
 
     uncertainty: float
@@ -47,6 +46,17 @@ class Judgement(StrictModel):
     penalty: float
     modulation: float
     threshold: float | None
+
+
+MEASURED = tuple(Measured.model_fields)
+
+
+class Judgement(StrictModel, Measured):
+    """Everything that decided over one attempt: enough to compute threshold and verdict again.
+
+    `statistics` and `history` are as they were when the attempt was judged.
+    """
+
     statistics: GroupStatistics
     history: History
     erased_tokens_before: int

@@ -25,7 +25,7 @@ from common.packed import (
     fetched,
     no_fetch,
 )
-from common.trajectory import Prompt, Trajectory
+from common.trajectory import MEASURED, Prompt, Trajectory
 from learner.run.run_directory import replacing
 
 ROW_GROUP_TOKENS = 1_000_000
@@ -41,19 +41,7 @@ _STATISTICS = pa.struct(
 _HISTORY = pa.struct([(name, pa.float64()) for name in ("uncertainty", "mean", "deviation")])
 _JUDGEMENT = pa.struct(
     [
-        *(
-            (name, pa.float64())
-            for name in (
-                "uncertainty",
-                "base",
-                "extreme",
-                "gradient",
-                "baseline",
-                "penalty",
-                "modulation",
-                "threshold",
-            )
-        ),
+        *((name, pa.float64()) for name in MEASURED),
         ("statistics", _STATISTICS),
         ("history", _HISTORY),
         ("erased_tokens_before", pa.int32()),

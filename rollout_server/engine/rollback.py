@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from common.config.erasure import ErasurePolicy
 from common.seeds import attempt_seed
 from common.threshold import GroupStatistics, History
-from common.trajectory import Attempt, Judgement, ResponseRequest, Trajectory, VersionSpan
+from common.trajectory import MEASURED, Attempt, Judgement, Measured, ResponseRequest, Trajectory, VersionSpan
 from common.weights import NonFiniteLogits
 from rollout_server.engine.errors import GenerationAborted, RecordLost
 from rollout_server.engine.listener import Listener, TopLogprobs
@@ -34,6 +34,7 @@ RECORD_SECONDS = 60.0
 SENTINEL_TOKENS = 1
 UNWATCHED_TOKENS = 16
 """Tokens that come at once where a listener wants only judgements: what a judged segment may be late by."""
+_MAY_BE_NULL = {name for name, field in Measured.model_fields.items() if field.annotation == (float | None)}
 
 
 class Rollback(Protocol):
@@ -281,8 +282,8 @@ def top_logprobs(output: RequestOutput, tokens: int) -> TopLogprobs | None:
     return [{token: entry.logprob for token, entry in entries[place].items()} for place in range(tokens)]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _known(name: str, value: float) -> float | None:
+    return None if name in _MAY_BE_NULL and not math.isfinite(value) else value
 
 
 def _attempt(record: JudgementRecord, token_ids: list[int], versions: list[VersionSpan]) -> Attempt:
@@ -292,6 +293,7 @@ def _attempt(record: JudgementRecord, token_ids: list[int], versions: list[Versi
         raise NonFiniteLogits(versions[-1].version)
     logprobs, behaviour_logprobs, signal = per_token.T.tolist()
     get = record.field
+    measured: dict[str, Any] = {name: _known(name, get(Field[name.upper()])) for name in MEASURED}
     return Attempt(
         segment=int(get(Field.SEGMENT)),
         attempt=int(get(Field.ATTEMPT)),
@@ -305,14 +307,7 @@ def _attempt(record: JudgementRecord, token_ids: list[int], versions: list[Versi
         versions=versions,
         verdict="erased" if record.erased else "accepted",
         judgement=Judgement(
-            uncertainty=get(Field.UNCERTAINTY),
-            base=get(Field.BASE),
-            extreme=get(Field.EXTREME),
-            gradient=get(Field.GRADIENT),
-            baseline=_finite(get(Field.BASELINE)),
-            penalty=get(Field.PENALTY),
-            modulation=get(Field.MODULATION),
-            threshold=_finite(get(Field.THRESHOLD)),
+            **measured,
             statistics=GroupStatistics(*record.fields[Field.COUNT : Field.PRIOR_VARIANCE + 1]),
             history=History(*record.fields[Field.HISTORY_UNCERTAINTY : Field.HISTORY_DEVIATION + 1]),
             erased_tokens_before=int(get(Field.ERASED_BEFORE)),

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from common.trajectory import MEASURED
 from rollout_server.engine.detokenize import Texts
 from rollout_server.http.openai.choice import Choice, Chunk
 from rollout_server.http.openai.entries import Joined, PromptRows, Rows
@@ -220,14 +221,7 @@ def _segment(segment: JudgedSegment) -> dict[str, Any]:
         "attempt": segment.attempt,
         "start": segment.start,
         "end": segment.end,
-        "uncertainty": segment.uncertainty,
-        "base": segment.base,
-        "extreme": segment.extreme,
-        "gradient": segment.gradient,
-        "baseline": segment.baseline,
-        "penalty": segment.penalty,
-        "modulation": segment.modulation,
-        "threshold": segment.threshold,
+        **{name: getattr(segment.judgement, name) for name in MEASURED},
         "verdict": "erased" if segment.erased else "accepted",
         "text": segment.text,
         "token_ids": segment.token_ids,

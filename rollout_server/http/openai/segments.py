@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.trajectory import Attempt
+from common.trajectory import Attempt, Judgement
 
 
 @dataclass(slots=True)
@@ -13,14 +13,7 @@ class JudgedSegment:
     attempt: int
     start: int
     end: int
-    uncertainty: float
-    base: float
-    extreme: float
-    gradient: float
-    baseline: float | None
-    penalty: float
-    modulation: float
-    threshold: float | None
+    judgement: Judgement
     erased: bool
     final: bool
     token_ids: list[int]
@@ -38,14 +31,7 @@ class JudgedSegment:
             attempt=attempt.attempt,
             start=attempt.start,
             end=attempt.end,
-            uncertainty=judgement.uncertainty,
-            base=judgement.base,
-            extreme=judgement.extreme,
-            gradient=judgement.gradient,
-            baseline=judgement.baseline,
-            penalty=judgement.penalty,
-            modulation=judgement.modulation,
-            threshold=judgement.threshold,
+            judgement=judgement,
             erased=attempt.verdict == "erased",
             final=final,
             token_ids=attempt.token_ids,

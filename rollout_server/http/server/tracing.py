@@ -39,12 +39,12 @@ class Tracing:
                 "e3rl.segment": segment.index,
                 "e3rl.attempt": segment.attempt,
                 "e3rl.tokens": segment.end - segment.start,
-                "e3rl.uncertainty": segment.uncertainty,
+                "e3rl.uncertainty": segment.judgement.uncertainty,
                 "e3rl.verdict": "erased" if segment.erased else "accepted",
             }
         )
-        if segment.threshold is not None:
-            span.set_attribute("e3rl.threshold", segment.threshold)
+        if segment.judgement.threshold is not None:
+            span.set_attribute("e3rl.threshold", segment.judgement.threshold)
         span.end(end_time=ended)
 
     def close(self) -> None:

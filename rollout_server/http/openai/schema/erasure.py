@@ -15,6 +15,7 @@ from common.config.erasure import (
     check_delimiters,
     with_default_min_length,
 )
+from common.trajectory import Measured
 from rollout_server.http.openai.schema.base import AnswerModel, RequestModel, TokenId
 
 SegmentLength = Annotated[int, Field(ge=1, le=1_048_576)]
@@ -139,7 +140,7 @@ def _floor_follows(default: ErasurePolicy, threshold: float | None) -> bool:
     return default.threshold is None
 
 
-class Segment(AnswerModel):
+class Segment(AnswerModel, Measured):
     """One attempt at one segment. `start`, `end`: positions in the response's tokens at the time of the attempt.
 
     A stop string cuts the last accepted segment: `end`, `text` and `token_ids` are what is left, and the numbers are
@@ -151,14 +152,6 @@ class Segment(AnswerModel):
     attempt: int
     start: int
     end: int
-    uncertainty: float
-    base: float
-    extreme: float
-    gradient: float
-    baseline: float | None
-    penalty: float
-    modulation: float
-    threshold: float | None
     verdict: Literal["accepted", "erased"]
     text: str
     token_ids: list[TokenId]
