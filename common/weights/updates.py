@@ -54,53 +54,42 @@ class DiskUpdate(_Update):
         return self.path
 
 
-class GlooUpdate(_Update):
-    """A store of the learner's where replicas come together to receive the file in buckets of `bucket_bytes`.
+class _Streamed(_Update):
+    """Weights that come from a store of the learner's, where replicas come together to receive them."""
+
+    streams: ClassVar[bool] = True
+
+    address: str
+    port: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+class GlooUpdate(_Streamed):
+    """The weights come as a file, in buckets of `bucket_bytes`.
 
     `stall_seconds`: a member that does not move for so long is given up.
     """
 
-    streams: ClassVar[bool] = True
-
     transport: Literal["gloo"] = "gloo"
-    address: str
-    port: int
     file_bytes: int
     header_bytes: int
     bucket_bytes: int
     stall_seconds: float
 
-    @property
-    def place(self) -> str:
-        return f"{self.address}:{self.port}"
 
-
-class NcclUpdate(_Update):
-    """A store of the learner's where replicas come together, to be broadcast to from GPU to GPU."""
-
-    streams: ClassVar[bool] = True
+class NcclUpdate(_Streamed):
+    """The weights are broadcast from GPU to GPU."""
 
     transport: Literal["nccl"] = "nccl"
-    address: str
-    port: int
-
-    @property
-    def place(self) -> str:
-        return f"{self.address}:{self.port}"
 
 
-class IpcUpdate(_Update):
-    """A store of the learner's that tells a replica on the same GPU where in its memory the weights are."""
-
-    streams: ClassVar[bool] = True
+class IpcUpdate(_Streamed):
+    """A replica on the same GPU is told where in its memory the weights are."""
 
     transport: Literal["ipc"] = "ipc"
-    address: str
-    port: int
-
-    @property
-    def place(self) -> str:
-        return f"{self.address}:{self.port}"
 
 
 WeightUpdate = Annotated[
