@@ -375,6 +375,7 @@ class RunConfig(StrictModel):
             _negatives_exist,
             _precision_fits,
             _buffer_fits,
+            _sender_fits,
         ):
             check(self)
         return self
@@ -454,4 +455,12 @@ def _buffer_fits(config: RunConfig) -> None:
     if isinstance(overlong, ShapeOverlong) and overlong.buffer_tokens > limit:
         raise ValueError(
             f"learner.overlong.buffer_tokens ({overlong.buffer_tokens}) exceeds max_response_tokens ({limit})"
+        )
+
+
+def _sender_fits(config: RunConfig) -> None:
+    if config.sync.transport == "ipc" and config.learner.ranks > 1:
+        raise ValueError(
+            f"sync.transport 'ipc' sends from one rank, and learner.ranks is {config.learner.ranks}: vLLM's sender "
+            "gathers handles from all of them"
         )

@@ -33,6 +33,7 @@ CHANGEABLE_ON_RESUME = (
     "learner.gradient_checkpointing",
     "learner.threads_per_rank",
     "learner.max_restarts_in_a_row",
+    "data.generate_seconds",
     "reward.timeout_seconds",
     "reward.workers",
     "reward.start_seconds",

@@ -119,6 +119,11 @@ def test_a_temperature_control_does_not_take_negatives_from_erasure(tmp_path: Pa
     assert "nothing is erased" in message
 
 
+def test_several_ranks_do_not_send_handles_to_their_memory(tmp_path: Path):
+    refusal = refused(tmp_path, "sync.transport=ipc", "learner.ranks=2")
+    assert "sync.transport 'ipc' sends from one rank, and learner.ranks is 2" in refusal
+
+
 @pytest.mark.parametrize("assignment", ["steps", "=3", "a..b=3", ".a=1"])
 def test_a_malformed_assignment_says_which_form_is_right(assignment: str):
     with pytest.raises(ConfigError, match=r"not of the form a\.b\.c=value"):
