@@ -277,7 +277,10 @@ def test_a_resumed_learner_continues_bit_for_bit(models: dict[str, Path], tmp_pa
     checkpoint = tmp_path / "step_2"
 
     async def train(group: LearnerGroup, steps: range) -> list[dict[str, float]]:
-        return [await group.train_step(batches[step], step) for step in steps]
+        results = [await group.train_step(batches[step], step) for step in steps]
+        # The machine's, not the training's: a process that has done more has once held more.
+        assert all(result.pop(metrics.LEARNER_MEMORY) > 0.0 for result in results)
+        return results
 
     async def checksum(group: LearnerGroup) -> str:
         async with group.publishing(4) as update:
