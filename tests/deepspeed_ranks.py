@@ -23,7 +23,7 @@ class Minibatch:
     buckets: list[int]
 
 
-def held_tensors(known: set[int], largest: int) -> tuple[int, list[int]]:
+def held_tensors(known: dict[int, Any], largest: int) -> tuple[int, list[int]]:
     """Bytes of all tensors of this process but those in `known`, and those of `largest` bytes or more."""
     import torch
 
@@ -37,11 +37,14 @@ def held_tensors(known: set[int], largest: int) -> tuple[int, list[int]]:
     return sum(size for size in found.values() if size < largest), [s for s in found.values() if s >= largest]
 
 
-def known_tensors() -> set[int]:
+def known_tensors() -> dict[int, Any]:
+    """Memory of this process's tensors, by address. It is kept: an address that was freed may be another's soon."""
     import torch
 
+    gc.collect()
     tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.device.type == "cpu"}
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage for storage in storages}
 
 
 def train_minibatches(rank: int, world_size: int, port: int, configs: list[RunConfig], groups: Any, log: str) -> Any:
@@ -77,7 +80,7 @@ def train_minibatches(rank: int, world_size: int, port: int, configs: list[RunCo
         batches = rank_batches(samples, world_size, config.learner.tokens_per_microbatch)
         step, before = engine.step, 0
 
-        def counted(step: Any = step, known: set[int] = known, largest: int = largest) -> None:
+        def counted(step: Any = step, known: dict[int, Any] = known, largest: int = largest) -> None:
             nonlocal before
             before, _ = held_tensors(known, largest)
             step()
